@@ -1,0 +1,44 @@
+"""bnfast: fast and accurate batch normalisation for NumPy arrays.
+
+The public names. Importing this package imports NumPy and nothing heavier; a backend is imported
+when it is first used.
+"""
+
+
+
+from bnfast import functional
+from bnfast.channels import Moments
+from bnfast.config import show_config
+from bnfast.errors import BackendUnavailableError, UnknownBackendError
+from bnfast.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bnfast.registry import (
+    Backend,
+    get_backend,
+    list_backends,
+    register_backend,
+    set_backend,
+    use_backend,
+)
+from bnfast.threads import get_num_threads, set_num_threads, use_num_threads
+
+__all__ = [
+    "Backend",
+    "BackendUnavailableError",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Moments",
+    "UnknownBackendError",
+    "functional",
+    "get_backend",
+    "get_num_threads",
+    "list_backends",
+    "register_backend",
+    "set_backend",
+    "set_num_threads",
+    "show_config",
+    "use_backend",
+    "use_num_threads",
+]
+
+__version__ = "0.1.0"

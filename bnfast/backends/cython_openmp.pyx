@@ -1,0 +1,337 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, autotestdict=False
+"""The kernels in C with OpenMP: row kernels from kernels/*.h, shared out by ``prange``.
+
+A contract function describes a call (kernels/call.h), names its phases, and runs them. A phase is a
+task (kernels/tasks.h) and a number of parts. Parts are cut by shape alone, each writes its own
+results, and a later phase combines them in order: the bits do not depend on the threads, which
+share all phases of a call in one parallel region.
+"""
+
+cimport numpy as cnp
+from cython.parallel cimport parallel, prange
+from libc.stdlib cimport free
+
+import os
+
+from bnfast.backends.host_arrays import accepts, empty, view
+
+cnp.import_array()
+
+cdef extern from "kernels/tasks.h" nogil:
+    ctypedef struct bn_kernels:
+        pass
+    ctypedef struct bn_tiling:
+        Py_ssize_t count
+    ctypedef struct bn_call:
+        Py_ssize_t channels, column_tiles, spans, rows
+        bn_tiling tiles, units
+        const char *x
+        const char *residual
+        const char *dy
+        const char *y_in
+        char *y
+        char *dx
+        char *dresidual
+        double *mean
+        double *m2
+        double *sum_dy
+        double *sum_dy_xhat
+        const double *var
+        const double *weight
+        const double *bias
+        const double *invstd
+        double eps, count
+        int relu
+    ctypedef void (*bn_task)(bn_call *, Py_ssize_t) noexcept nogil
+    const bn_kernels *bn_table[][2]
+    int bn_highest_level()
+    void bn_describe(bn_call *, const bn_kernels *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int)
+    void *bn_allocate(bn_call *, int reduction, int affine, int gradient)
+    Py_ssize_t bn_panels(const bn_call *)
+    void bn_combine_moments(bn_call *, Py_ssize_t) noexcept
+    void bn_combine_sums(bn_call *, Py_ssize_t) noexcept
+    void bn_find_affine(bn_call *, Py_ssize_t) noexcept
+    void bn_find_gradient(bn_call *, Py_ssize_t) noexcept
+    void bn_find_wide_mean(bn_call *, Py_ssize_t) noexcept
+    void bn_pack_affine(bn_call *, Py_ssize_t) noexcept
+    void bn_pack_gradient(bn_call *, Py_ssize_t) noexcept
+    void bn_moments_to_affine(bn_call *, Py_ssize_t) noexcept
+    void bn_sums_to_gradient(bn_call *, Py_ssize_t) noexcept
+    void bn_row_moments(bn_call *, Py_ssize_t) noexcept
+    void bn_row_sums(bn_call *, Py_ssize_t) noexcept
+    void bn_row_normalize(bn_call *, Py_ssize_t) noexcept
+    void bn_row_gradient(bn_call *, Py_ssize_t) noexcept
+    void bn_channel_train(bn_call *, Py_ssize_t) noexcept
+    void bn_channel_backward(bn_call *, Py_ssize_t) noexcept
+    void bn_column_moments(bn_call *, Py_ssize_t) noexcept
+    void bn_column_sums(bn_call *, Py_ssize_t) noexcept
+    void bn_column_normalize(bn_call *, Py_ssize_t) noexcept
+    void bn_column_gradient(bn_call *, Py_ssize_t) noexcept
+    void bn_column_normalize_reversed(bn_call *, Py_ssize_t) noexcept
+    void bn_column_gradient_reversed(bn_call *, Py_ssize_t) noexcept
+
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    #include <omp.h>
+    #define BN_OPENMP 1
+    #define BN_PAUSE() omp_pause_resource_all(omp_pause_hard)
+    #else
+    #define BN_OPENMP 0
+    #define BN_PAUSE() 0
+    #endif
+    """
+    const bint BN_OPENMP
+    int BN_PAUSE() nogil
+
+OPENMP = bool(BN_OPENMP)
+
+cdef tuple LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
+cdef int level = 0
+
+
+def _choose_level():
+    """Take the highest instruction set that the CPU has and ``BNFAST_ISA`` allows."""
+    global level
+    highest = bn_highest_level()
+    wanted = os.environ.get("BNFAST_ISA") or LEVELS[highest]
+    if wanted not in LEVELS:
+        raise ValueError(f"BNFAST_ISA should be one of {', '.join(LEVELS)}, got {wanted!r}")
+    level = min(highest, LEVELS.index(wanted))
+
+
+_choose_level()
+
+
+def unavailable():
+    """Return None: where this module can be imported, it can run."""
+    return None
+
+
+def instruction_set():
+    """Return the instruction set that the row kernels use."""
+    return LEVELS[level]
+
+
+def before_fork():
+    """Stop OpenMP's threads: they would not exist in the child, which would wait for them."""
+    BN_PAUSE()
+
+
+cdef struct Phase:
+    bn_task task
+    Py_ssize_t parts
+
+
+cdef void run(bn_call *call, const Phase *phases, int count, int num_threads) noexcept nogil:
+    """Run the phases one after the other, the parts of each in any order.
+
+    One thread does not enter the OpenMP runtime, where even a region of one costs 1.2 us.
+    """
+    cdef int p = 0
+    cdef Py_ssize_t part
+    if num_threads <= 1 or not BN_OPENMP:
+        for p in range(count):
+            for part in range(phases[p].parts):
+                phases[p].task(call, part)
+        return
+    with parallel(num_threads=num_threads):
+        for p in range(count):
+            for part in prange(phases[p].parts, schedule="static"):
+                phases[p].task(call, part)
+
+
+cdef inline char *address(cnp.ndarray array) noexcept:
+    return NULL if array is None else cnp.PyArray_BYTES(array)
+
+
+cdef inline double *channels(cnp.ndarray vector) noexcept:
+    return <double *>cnp.PyArray_DATA(vector)
+
+
+cdef inline void describe(bn_call *call, cnp.ndarray x) noexcept:
+    """Describe a call on arrays like ``x``."""
+    cdef bint last = cnp.PyArray_NDIM(x) == 2
+    bn_describe(
+        call,
+        bn_table[level][cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64],
+        cnp.PyArray_DIM(x, 0),
+        cnp.PyArray_DIM(x, 1),
+        1 if last else cnp.PyArray_DIM(x, 2),
+        last,
+    )
+    call.x = address(x)
+
+
+cdef int start(
+    bn_call *call, const Phase *phases, int count, int num_threads,
+    bint reduction, bint affine, bint gradient,
+) except -1:
+    """Allocate the workspace, run the phases, free it."""
+    cdef void *workspace = bn_allocate(call, reduction, affine, gradient)
+    if workspace is NULL:
+        raise MemoryError("no memory for the channel sums")
+    with nogil:
+        run(call, phases, count, num_threads)
+        free(workspace)
+    return 0
+
+
+cdef inline bint keeps_channels_whole(const bn_call *call, int num_threads) noexcept nogil:
+    """Whether each channel is best done by one thread, in its cache: not if threads would idle."""
+    return call.channels % num_threads == 0 or call.channels >= 8 * num_threads
+
+
+def moments(
+    cnp.ndarray x,                                          # IN
+    *, cnp.ndarray mean, cnp.ndarray m2, int num_threads,   # OUT
+):
+    """See `bnfast.spec.Kernels.moments`."""
+    cdef bn_call call
+    cdef Phase[2] phases
+    describe(&call, x)
+    call.mean, call.m2 = channels(mean), channels(m2)
+    if call.rows:
+        phases[0] = Phase(bn_column_moments, bn_panels(&call))
+    else:
+        phases[0] = Phase(bn_row_moments, call.channels * call.tiles.count)
+    phases[1] = Phase(bn_combine_moments, call.channels)
+    start(&call, phases, 2, num_threads, True, False, False)
+
+
+def normalize(
+    cnp.ndarray x, cnp.ndarray mean, cnp.ndarray var, cnp.ndarray weight, cnp.ndarray bias,
+    double eps, cnp.ndarray residual,                       # IN
+    *, cnp.ndarray y, bint relu, int num_threads,           # OUT
+):
+    """See `bnfast.spec.Kernels.normalize`."""
+    cdef bn_call call
+    cdef Phase[3] phases
+    cdef int count = 0
+    describe(&call, x)
+    call.mean, call.var = channels(mean), channels(var)
+    call.weight, call.bias = channels(weight), channels(bias)
+    call.eps, call.relu = eps, relu
+    call.residual, call.y = address(residual), address(y)
+    phases[0] = Phase(bn_find_affine, call.channels)
+    if call.rows:
+        phases[1] = Phase(bn_pack_affine, 1)
+        phases[2] = Phase(bn_column_normalize, call.spans)
+        count = 3
+    else:
+        phases[1] = Phase(bn_row_normalize, call.units.count)
+        count = 2
+    start(&call, phases, count, num_threads, False, True, False)
+
+
+def train(
+    cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps, cnp.ndarray residual,  # IN
+    *, cnp.ndarray y, cnp.ndarray mean, cnp.ndarray m2, bint relu, int num_threads,         # OUT
+):
+    """See `bnfast.spec.Kernels.train`."""
+    cdef bn_call call
+    cdef Phase[4] phases
+    cdef int count
+    describe(&call, x)
+    call.mean, call.m2 = channels(mean), channels(m2)
+    call.weight, call.bias = channels(weight), channels(bias)
+    call.eps, call.relu = eps, relu
+    call.residual, call.y = address(residual), address(y)
+    if call.rows:
+        phases[0] = Phase(bn_column_moments, bn_panels(&call))
+        phases[1] = Phase(bn_moments_to_affine, call.channels)
+        phases[2] = Phase(bn_pack_affine, 1)
+        phases[3] = Phase(bn_column_normalize_reversed, call.spans)
+        count = 4
+    elif keeps_channels_whole(&call, num_threads):
+        phases[0] = Phase(bn_channel_train, call.channels)
+        count = 1
+    else:
+        phases[0] = Phase(bn_row_moments, call.channels * call.tiles.count)
+        phases[1] = Phase(bn_moments_to_affine, call.channels)
+        phases[2] = Phase(bn_row_normalize, call.units.count)
+        count = 3
+    start(&call, phases, count, num_threads, True, True, False)
+
+
+def backward_sums(
+    cnp.ndarray dy, cnp.ndarray x, cnp.ndarray y, cnp.ndarray mean, cnp.ndarray invstd,     # IN
+    *, cnp.ndarray sum_dy, cnp.ndarray sum_dy_xhat, bint relu, int num_threads,             # OUT
+):
+    """See `bnfast.spec.Kernels.backward_sums`."""
+    cdef bn_call call
+    cdef Phase[3] phases
+    cdef int count
+    describe(&call, x)
+    call.dy, call.y_in = address(dy), address(y)
+    call.mean, call.invstd = channels(mean), channels(invstd)
+    call.sum_dy, call.sum_dy_xhat = channels(sum_dy), channels(sum_dy_xhat)
+    if call.rows:
+        phases[0] = Phase(bn_find_wide_mean, call.channels)
+        phases[1] = Phase(bn_column_sums, bn_panels(&call))
+        count = 2
+    else:
+        phases[0] = Phase(bn_row_sums, call.channels * call.tiles.count)
+        count = 1
+    phases[count] = Phase(bn_combine_sums, call.channels)
+    start(&call, phases, count + 1, num_threads, True, False, False)
+
+
+def backward_input(
+    cnp.ndarray dy, cnp.ndarray x, cnp.ndarray y, cnp.ndarray mean, cnp.ndarray invstd,
+    cnp.ndarray weight, cnp.ndarray sum_dy, cnp.ndarray sum_dy_xhat, Py_ssize_t count,      # IN
+    *, cnp.ndarray dx, cnp.ndarray dresidual, bint relu, int num_threads,                   # OUT
+):
+    """See `bnfast.spec.Kernels.backward_input`."""
+    cdef bn_call call
+    cdef Phase[3] phases
+    cdef int phase_count
+    describe(&call, x)
+    call.dy, call.y_in = address(dy), address(y)
+    call.mean, call.invstd, call.weight = channels(mean), channels(invstd), channels(weight)
+    call.sum_dy, call.sum_dy_xhat = channels(sum_dy), channels(sum_dy_xhat)
+    call.count = count
+    call.dx, call.dresidual = address(dx), address(dresidual)
+    phases[0] = Phase(bn_find_gradient, call.channels)
+    if call.rows:
+        phases[1] = Phase(bn_pack_gradient, 1)
+        phases[2] = Phase(bn_column_gradient, call.spans)
+        phase_count = 3
+    else:
+        phases[1] = Phase(bn_row_gradient, call.units.count)
+        phase_count = 2
+    start(&call, phases, phase_count, num_threads, False, False, True)
+
+
+def backward(
+    cnp.ndarray dy, cnp.ndarray x, cnp.ndarray y, cnp.ndarray mean, cnp.ndarray invstd,
+    cnp.ndarray weight,                                                                     # IN
+    *, cnp.ndarray dx, cnp.ndarray dresidual, cnp.ndarray sum_dy, cnp.ndarray sum_dy_xhat,
+    bint relu, int num_threads,                                                             # OUT
+):
+    """See `bnfast.spec.Kernels.backward`."""
+    cdef bn_call call
+    cdef Phase[5] phases
+    cdef int count
+    describe(&call, x)
+    call.dy, call.y_in = address(dy), address(y)
+    call.mean, call.invstd, call.weight = channels(mean), channels(invstd), channels(weight)
+    call.sum_dy, call.sum_dy_xhat = channels(sum_dy), channels(sum_dy_xhat)
+    call.dx, call.dresidual = address(dx), address(dresidual)
+    if call.rows:
+        phases[0] = Phase(bn_find_wide_mean, call.channels)
+        phases[1] = Phase(bn_column_sums, bn_panels(&call))
+        phases[2] = Phase(bn_sums_to_gradient, call.channels)
+        phases[3] = Phase(bn_pack_gradient, 1)
+        phases[4] = Phase(bn_column_gradient_reversed, call.spans)
+        count = 5
+    elif keeps_channels_whole(&call, num_threads):
+        phases[0] = Phase(bn_channel_backward, call.channels)
+        count = 1
+    else:
+        phases[0] = Phase(bn_row_sums, call.channels * call.tiles.count)
+        phases[1] = Phase(bn_sums_to_gradient, call.channels)
+        phases[2] = Phase(bn_row_gradient, call.units.count)
+        count = 3
+    start(&call, phases, count, num_threads, True, False, True)

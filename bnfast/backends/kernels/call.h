@@ -1,0 +1,143 @@
+/* A call: addresses, sizes, and how the work is cut. Everything here follows from the shape alone.
+
+   channels-first (N, C, S)   Reductions are cut into tiles of one channel, elementwise passes into
+                              tiles of the N * C runs.
+   channels-last  (M, C)      Below 64 channels several rows are folded into one wide row; M need
+                              not be a multiple: the rest is a partial row. Reductions are cut into
+                              at most 64 parts of rows, and those into up to 512 columns. */
+
+#ifndef BNFAST_CALL_H
+#define BNFAST_CALL_H
+
+#include <stdlib.h>
+
+#include "dispatch.h"
+
+/* Elements of a tile of a reduction, which is read twice and should stay in the second-level cache,
+   and of a part of an elementwise pass, which only has to outweigh a function call. */
+#define BN_TILE 16384
+#define BN_PART 4096
+
+#define BN_FOLD 64
+#define BN_ROW_PARTS 64
+
+typedef struct {
+    bn_index count;   /* tiles in all */
+    bn_index runs;    /* runs of a tile */
+    bn_index length;  /* elements of each run of a tile */
+    bn_index pieces;  /* tiles side by side in one run */
+} bn_tiling;
+
+typedef struct {
+    const bn_kernels *kernels;
+    bn_index outer, channels, inner;  /* N, C, S; or M, C, 1 */
+    bn_index elements;                /* of an array */
+    bn_tiling tiles;                  /* channels-first: a channel, for reductions */
+    bn_tiling units;                  /* channels-first: all runs, for elementwise passes */
+    bn_index fold, width;             /* channels-last: rows in a wide row, its elements */
+    bn_index rows, rest;              /* wide rows, and elements of the partial one */
+    bn_index parts, part_rows;        /* parts of a reduction, and wide rows of each */
+    bn_index column_tiles;            /* tiles of columns of a reduction */
+    bn_index spans, span_rows;        /* parts of an elementwise pass, and wide rows of each */
+    const char *x, *residual, *dy, *y_in;
+    char *y, *dx, *dresidual;
+    double *mean, *m2, *sum_dy, *sum_dy_xhat;
+    const double *var, *weight, *bias, *invstd;
+    double eps, count;
+    int relu;
+    double *partial;                  /* two numbers for each part of a reduction */
+    double *wide_mean;                /* channels-last: the mean of every column of a wide row */
+    bn_affine *affine;                /* per channel, or per column of a wide row */
+    bn_gradient *gradient;
+    char *packed;                     /* channels-last: the same in the dtype of x */
+} bn_call;
+
+static inline bn_index bn_ceil(bn_index a, bn_index b) { return (a + b - 1) / b; }
+static inline bn_index bn_min(bn_index a, bn_index b) { return a < b ? a : b; }
+static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
+
+/* Cut runs into tiles of about `elements`: whole runs, or pieces of one that end on whole steps of
+   lanes. */
+static inline bn_tiling bn_tile(bn_index runs, bn_index length, bn_index elements)
+{
+    bn_tiling tiling = {0, 1, length, 1};
+    if (length == 0 || runs == 0)
+        return tiling;
+    if (length >= elements) {
+        tiling.length = bn_ceil(bn_ceil(length, bn_ceil(length, elements)), BN_LANES) * BN_LANES;
+        tiling.pieces = bn_ceil(length, tiling.length);
+    } else {
+        tiling.runs = elements / length;
+    }
+    tiling.count = bn_ceil(runs, tiling.runs) * tiling.pieces;
+    return tiling;
+}
+
+/* Where tile t lies: its first run, how many, its first element in each, how many. */
+typedef struct {
+    bn_index run, runs, from, length;
+} bn_place;
+
+static inline bn_place bn_tile_place(bn_tiling tiling, bn_index t, bn_index runs, bn_index length)
+{
+    bn_place place;
+    place.run = t / tiling.pieces * tiling.runs;
+    place.runs = bn_min(tiling.runs, runs - place.run);
+    place.from = t % tiling.pieces * tiling.length;
+    place.length = bn_min(tiling.length, length - place.from);
+    return place;
+}
+
+/* Cut a call on arrays of a form: (outer, channels, inner), or with `last` (outer, channels). */
+static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_index outer,
+                               bn_index channels, bn_index inner, int last)
+{
+    memset(call, 0, sizeof *call);
+    call->kernels = kernels;
+    call->outer = outer;
+    call->channels = channels;
+    call->inner = inner;
+    call->elements = outer * channels * inner;
+    call->count = (double)outer * (double)inner;
+    call->fold = 1;
+    call->width = channels;
+    if (!last) {
+        call->tiles = bn_tile(outer, inner, BN_TILE);
+        call->units = bn_tile(outer * channels, inner, BN_PART);
+        return;
+    }
+    if (channels == 0 || outer == 0)
+        return;
+    call->fold = bn_min(bn_ceil(BN_FOLD, channels), outer);
+    call->width = call->fold * channels;
+    call->rows = outer / call->fold;
+    call->rest = outer % call->fold * channels;
+    call->parts = bn_min(BN_ROW_PARTS, bn_ceil(call->rows, BN_BLOCK_ROWS_MIN));
+    call->part_rows = bn_ceil(call->rows, call->parts);
+    call->parts = bn_ceil(call->rows, call->part_rows);
+    call->column_tiles = bn_ceil(call->width, BN_COLUMNS);
+    call->span_rows = bn_max(1, BN_PART / call->width);
+    call->spans = bn_ceil(call->rows * call->width + call->rest, call->span_rows * call->width);
+}
+
+/* Allocate what the call needs beside its arrays, in one piece; NULL if there is no memory. */
+static inline void *bn_allocate(bn_call *call, int reduction, int affine, int gradient)
+{
+    const size_t width = (size_t)call->width;
+    const size_t entries = call->rows ? (size_t)(call->parts + 1) * width
+                                      : (size_t)(call->channels * call->tiles.count);
+    const size_t doubles = (reduction ? 2 * entries + width : 0);
+    const size_t bytes = doubles * sizeof(double) + affine * width * sizeof(bn_affine) +
+                         gradient * width * sizeof(bn_gradient) + (4 * width + 1) * sizeof(double);
+    char *block = (char *)malloc(bytes);
+    if (!block)
+        return NULL;
+    call->partial = (double *)block;
+    call->wide_mean = call->partial + (reduction ? 2 * entries : 0);
+    call->affine = (bn_affine *)(call->partial + doubles);
+    call->gradient = (bn_gradient *)(call->affine + (affine ? width : 0));
+    call->packed = (char *)(call->gradient + (gradient ? width : 0));
+    return block;
+}
+
+#endif

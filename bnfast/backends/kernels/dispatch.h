@@ -1,0 +1,160 @@
+/* The row kernels, compiled once per instruction set and dtype, and the table to choose from.
+
+   dispatch.h    this file: instruction sets, the table of function pointers, the choice
+   precision.h   included once per instruction set: rows.h and columns.h for float and for double
+   rows.h        channels-first: runs of adjacent elements that belong to one channel
+   columns.h     channels-last: adjacent elements belong to adjacent channels
+
+   Elements are addressed by `char *`, so that the driver is the same for every dtype.
+
+   GCC compiles a region for an instruction set with `#pragma GCC target`; clang ignores that and
+   has its own pragma; other compilers keep the baseline alone. */
+
+#ifndef BNFAST_DISPATCH_H
+#define BNFAST_DISPATCH_H
+
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+typedef ptrdiff_t bn_index;
+
+/* 16 partial sums, whatever the vector width: they fill two AVX-512 registers of doubles, four
+   AVX2, eight SSE2, and fix the order of additions for all of them. */
+#define BN_LANES 16
+
+/* Channels-last loops keep their sums on the stack, this many columns at a time (4 KiB each). */
+#define BN_COLUMNS 512
+
+/* Rows of a channels-last block: summed, then read again for the squares while in the cache. */
+#define BN_BLOCK_ELEMENTS 16384
+#define BN_BLOCK_ROWS_MIN 32
+
+/* One channel's y = (x - mean) * scale + bias. */
+typedef struct {
+    double mean, scale, bias;
+} bn_affine;
+
+/* One channel's dx = g * g_scale + (x - mean) * x_scale + shift. */
+typedef struct {
+    double mean, g_scale, x_scale, shift;
+} bn_gradient;
+
+typedef struct {
+    const char *name;
+    bn_index itemsize;
+    void (*row_moments)(const char *x, bn_index runs, bn_index length, bn_index stride,
+                        double *mean, double *m2);
+    void (*row_normalize)(const char *x, const char *residual, char *y, bn_index runs,
+                          bn_index length, bn_index stride, bn_affine affine, int relu);
+    void (*row_sums)(const char *dy, const char *x, const char *y, bn_index runs, bn_index length,
+                     bn_index stride, double mean, double *sum_dy, double *sum_dy_x);
+    void (*row_gradient)(const char *dy, const char *x, const char *y, char *dx, char *dresidual,
+                         bn_index runs, bn_index length, bn_index stride, bn_gradient gradient);
+    void (*column_moments)(const char *x, bn_index rows, bn_index width, bn_index stride,
+                           double *mean, double *m2);
+    void (*column_normalize)(const char *x, const char *residual, char *y, bn_index elements,
+                             bn_index width, const bn_affine *affine, const char *packed, int relu);
+    void (*column_sums)(const char *dy, const char *x, const char *y, bn_index rows,
+                        bn_index width, bn_index stride, const double *mean, double *sum_dy,
+                        double *sum_dy_x);
+    void (*column_gradient)(const char *dy, const char *x, const char *y, char *dx,
+                            char *dresidual, bn_index elements, bn_index width,
+                            const bn_gradient *gradient, const char *packed);
+    void (*pack_affine)(const bn_affine *affine, bn_index width, char *packed);
+    void (*pack_gradient)(const bn_gradient *gradient, bn_index width, char *packed);
+} bn_kernels;
+
+/* Whether float32 holds a factor or an offset without leaving its comfortable range. Outside it
+   (or at an infinity) a channel is computed in double; NaN is as well computed either way. */
+static inline int bn_fits(double value)
+{
+    const double magnitude = fabs(value), limit = 0x1p100;
+    return !(magnitude > limit || (magnitude < 1.0 / limit && magnitude != 0.0));
+}
+
+static inline double bn_total(const double *lanes, const double *tail)
+{
+    double sum[BN_LANES];
+    for (int k = 0; k < BN_LANES; k++)
+        sum[k] = lanes[k] + tail[k];
+    for (int half = BN_LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++)
+            sum[k] += sum[k + half];
+    return sum[0];
+}
+
+/* Turn a block's first mean, and the sums of deviations from it and of their squares, into its
+   moments. The first mean carries the rounding of a long sum; the deviations tell how much. */
+static inline void bn_correct(double first, double deviation, double squares, double count,
+                              double *mean, double *m2)
+{
+    const double correction = deviation / count;
+    const double corrected = squares - deviation * correction;
+    *mean = isfinite(correction) ? first + correction : first;
+    *m2 = corrected < 0.0 ? 0.0 : corrected;
+}
+
+/* The loop that follows may be vectorised: no iteration reads what another one writes. */
+#define BN_SIMD _Pragma("omp simd")
+
+#define BN_JOIN_(a, b, c) a##_##b##_##c
+#define BN_JOIN(a, b, c) BN_JOIN_(a, b, c)
+
+#define BN_TARGET baseline
+#include "precision.h"
+#undef BN_TARGET
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define BN_HAVE_X86_LEVELS 1
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#endif
+#define BN_TARGET v3
+#include "precision.h"
+#undef BN_TARGET
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#endif
+#define BN_TARGET v4
+#include "precision.h"
+#undef BN_TARGET
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+/* Row i: instruction set i; columns: float, double. */
+static const bn_kernels *const bn_table[][2] = {
+    {&BN_JOIN(kernels, float, baseline), &BN_JOIN(kernels, double, baseline)},
+#ifdef BN_HAVE_X86_LEVELS
+    {&BN_JOIN(kernels, float, v3), &BN_JOIN(kernels, double, v3)},
+    {&BN_JOIN(kernels, float, v4), &BN_JOIN(kernels, double, v4)},
+#endif
+};
+
+/* The highest row of the table that this CPU can run. */
+static inline int bn_highest_level(void)
+{
+#ifdef BN_HAVE_X86_LEVELS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("x86-64-v4"))
+        return 2;
+    if (__builtin_cpu_supports("x86-64-v3"))
+        return 1;
+#endif
+    return 0;
+}
+
+#endif

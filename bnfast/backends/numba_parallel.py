@@ -1,0 +1,231 @@
+"""The Numba backend: kernels compiled on the user's machine, for its CPU, at first use.
+
+This module is the front: it picks the kernel for the form and dtype of an array and for the number
+of threads, and stands x in for an absent array (a second signature would be compiled for None).
+The loops are in `bnfast.backends.numba_kernels`.
+
+Threads
+    With one thread the serial build of a kernel runs, which never enters Numba's threading layer.
+    With more, Numba's own setting, which belongs to the calling thread, is put back after the call.
+Fork
+    On the ``omp`` layer a child that was forked from a process with worker threads is killed as
+    soon as it asks for some itself. Such a child runs the serial builds: the same bits, on one
+    thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import binding
+
+from bnfast.backends.host_arrays import accepts, empty, view
+from bnfast.backends.numba_kernels import columns, compiling, rows
+from bnfast.spec import Channels, Floats
+
+__all__ = [
+    "accepts",
+    "backward",
+    "backward_input",
+    "backward_sums",
+    "empty",
+    "instruction_set",
+    "moments",
+    "normalize",
+    "train",
+    "unavailable",
+    "view",
+]
+
+_FORMS: dict[int, ModuleType] = {3: rows, 2: columns}
+_serial_only = False
+
+
+def unavailable() -> str | None:
+    """Return None: where Numba is missing, importing this module has failed."""
+    return None
+
+
+@functools.cache
+def instruction_set() -> str:
+    """Return the widest vector extension of this CPU that Numba compiles for."""
+    target = numba.config.CPU_FEATURES
+    features = target.split(",") if target is not None else None
+    if features is None:
+        host = binding.get_host_cpu_features()
+        features = [f"+{name}" for name, present in host.items() if present]
+    for flag, name in (("+avx512f", "avx512"), ("+avx2", "avx2"), ("+avx", "avx"), ("+neon", "neon")):
+        if flag in features:
+            return name
+    return "baseline"
+
+
+def moments(x: Floats, *, mean: Channels, m2: Channels, num_threads: int) -> None:
+    """See `bnfast.spec.Kernels.moments`."""
+    if x.size == 0:
+        mean[:] = m2[:] = 0.0
+        return
+    _run("moments", x, num_threads, x, mean, m2)
+
+
+def normalize(
+    x: Floats,
+    mean: Channels,
+    var: Channels,
+    weight: Channels,
+    bias: Channels,
+    eps: float,
+    residual: Floats | None,
+    *,
+    y: Floats,
+    relu: bool,
+    num_threads: int,
+) -> None:
+    """See `bnfast.spec.Kernels.normalize`."""
+    if x.size == 0:
+        return
+    add = residual is not None
+    other = residual if add else x
+    _run(
+        "normalize", x, num_threads, x, mean, var, weight, bias, eps, other, y, add, relu
+    )
+
+
+def train(
+    x: Floats,
+    weight: Channels,
+    bias: Channels,
+    eps: float,
+    residual: Floats | None,
+    *,
+    y: Floats,
+    mean: Channels,
+    m2: Channels,
+    relu: bool,
+    num_threads: int,
+) -> None:
+    """See `bnfast.spec.Kernels.train`."""
+    if x.size == 0:
+        mean[:] = m2[:] = 0.0
+        return
+    add = residual is not None
+    other = residual if add else x
+    _run("train", x, num_threads, x, weight, bias, eps, other, y, mean, m2, add, relu)
+
+
+def backward_sums(
+    dy: Floats,
+    x: Floats,
+    y: Floats | None,
+    mean: Channels,
+    invstd: Channels,
+    *,
+    sum_dy: Channels,
+    sum_dy_xhat: Channels,
+    relu: bool,
+    num_threads: int,
+) -> None:
+    """See `bnfast.spec.Kernels.backward_sums`."""
+    if x.size == 0:
+        sum_dy[:] = sum_dy_xhat[:] = 0.0
+        return
+    gate = x if y is None else y
+    _run(
+        "backward_sums", x, num_threads, dy, x, gate, mean, invstd, sum_dy, sum_dy_xhat, relu
+    )
+
+
+def backward_input(
+    dy: Floats,
+    x: Floats,
+    y: Floats | None,
+    mean: Channels,
+    invstd: Channels,
+    weight: Channels,
+    sum_dy: Channels,
+    sum_dy_xhat: Channels,
+    count: int,
+    *,
+    dx: Floats,
+    dresidual: Floats | None,
+    relu: bool,
+    num_threads: int,
+) -> None:
+    """See `bnfast.spec.Kernels.backward_input`."""
+    if x.size == 0:
+        return
+    gate = x if y is None else y
+    both = dresidual is not None
+    other = dresidual if both else dx
+    given = (mean, invstd, weight, sum_dy, sum_dy_xhat, count)
+    _run("backward_input", x, num_threads, dy, x, gate, *given, dx, other, relu, both)
+
+
+def backward(
+    dy: Floats,
+    x: Floats,
+    y: Floats | None,
+    mean: Channels,
+    invstd: Channels,
+    weight: Channels,
+    *,
+    dx: Floats,
+    dresidual: Floats | None,
+    sum_dy: Channels,
+    sum_dy_xhat: Channels,
+    relu: bool,
+    num_threads: int,
+) -> None:
+    """See `bnfast.spec.Kernels.backward`."""
+    if x.size == 0:
+        sum_dy[:] = sum_dy_xhat[:] = 0.0
+        return
+    gate = x if y is None else y
+    both = dresidual is not None
+    other = dresidual if both else dx
+    given = (mean, invstd, weight)
+    made = (dx, other, sum_dy, sum_dy_xhat)
+    _run("backward", x, num_threads, dy, x, gate, *given, *made, relu, both)
+
+
+def _run(name: str, x: Floats, num_threads: int, *arguments: Any) -> None:
+    """Call the build of a kernel that fits ``x`` and the number of threads."""
+    threads = min(num_threads, numba.config.NUMBA_NUM_THREADS)
+    if threads == 1 or _serial_only:
+        _kernel(name, x.ndim, x.dtype, False)(*arguments, 1)
+        return
+    kernel = _kernel(name, x.ndim, x.dtype, True)
+    swap = _swap_num_threads()
+    before = swap(threads)
+    try:
+        kernel(*arguments, threads)
+    finally:
+        if before != threads:
+            swap(before)
+
+
+@functools.cache
+def _kernel(name: str, ndim: int, dtype: np.dtype[Any], parallel: bool) -> compiling.Kernel:
+    return compiling.build(getattr(_FORMS[ndim], name), ndim, dtype, parallel=parallel)
+
+
+@functools.cache
+def _swap_num_threads() -> compiling.Kernel:
+    return compiling.build(compiling.swap_num_threads, 0, np.dtype(float), parallel=False)
+
+
+def _after_fork_in_child() -> None:
+    global _serial_only
+    try:
+        _serial_only = _serial_only or numba.threading_layer() == "omp"
+    except ValueError:  # no worker thread has been started
+        pass
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,131 @@
+"""Every check of a call's arguments, made before anything is computed or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfast import channels, registry
+
+
+def admit(x: Any, ndim: tuple[int, ...] | None) -> NDArray[Any]:
+    """Return ``x`` as an array of an accepted dtype and number of dimensions.
+
+    ``ndim`` lists the numbers of dimensions to accept; None means any from 2 on.
+
+    Raises
+    ------
+    TypeError
+        For other dtypes, naming the cast to use, and for masked arrays, whose mask would be lost.
+    ValueError
+        For other numbers of dimensions.
+    """
+    if type(x) is not np.ndarray:
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError("masked arrays are not accepted: the mask would be ignored")
+        x = x if registry.on_device(x) else np.asarray(x)
+    if x.dtype.char not in "fd":
+        raise TypeError(
+            f"expected an array of float32 or float64, got dtype {x.dtype}; "
+            "cast it first, for example x.astype(np.float32)"
+        )
+    if x.ndim not in ndim if ndim else x.ndim < 2:
+        accepted = " or ".join(f"{n}D" for n in ndim) if ndim else "at least 2D"
+        raise ValueError(
+            f"expected {accepted} input (got {x.ndim}D input): axis 0 is the batch, axis 1 the "
+            f"channels, got shape {x.shape}"
+        )
+    array: NDArray[Any] = x
+    return array
+
+
+def is_relu(activation: str | None) -> bool:
+    """Return whether ``activation`` is "relu"; raise ValueError if it is unknown."""
+    if activation is None:
+        return False
+    if activation == "relu":
+        return True
+    raise ValueError(f'unknown activation {activation!r}: expected None or "relu"')
+
+
+def check_eps(eps: float, training: bool) -> None:
+    """Raise ValueError unless ``eps`` is finite and not negative; in training it must exceed 0."""
+    if not (math.isfinite(eps) and eps >= 0.0):
+        raise ValueError(f"batch_norm eps must be finite and non-negative, but got {eps}")
+    if training and eps == 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+
+
+def check_like(array: Any, x: NDArray[Any], name: str) -> NDArray[Any]:
+    """Return ``array`` as an array; raise unless it has the shape and dtype of ``x``."""
+    if type(array) is not np.ndarray and not registry.on_device(array):
+        array = np.asarray(array)
+    if array.shape != x.shape:
+        raise ValueError(f"{name} should have the shape of x, {x.shape}, got {array.shape}")
+    if array.dtype.char != x.dtype.char:
+        raise TypeError(f"{name} should have the dtype of x, {x.dtype}, got {array.dtype}")
+    checked: NDArray[Any] = array
+    return checked
+
+
+def check_out(
+    out: Any,
+    x: NDArray[Any],
+    may_be: Mapping[str, NDArray[Any] | None],
+    may_not_be: Mapping[str, NDArray[Any] | None] | None = None,
+) -> None:
+    """Raise unless ``out`` can take a result shaped like ``x``.
+
+    It may be one of the arrays of ``may_be`` itself, but overlaps none of them otherwise, and none
+    of ``may_not_be`` at all.
+    """
+    if not hasattr(out, "dtype"):
+        raise TypeError(f"out should be an array like x, got {type(out).__name__}")
+    if out.shape != x.shape:
+        raise ValueError(f"out should have the shape of x, {x.shape}, got {out.shape}")
+    if out.dtype != x.dtype.newbyteorder("="):
+        raise TypeError(f"out should have dtype {x.dtype.newbyteorder('=')}, got {out.dtype}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+    for name, array in may_be.items():
+        if array is not out and array is not None and not _is_same(out, array):
+            _check_apart(out, array, f"out overlaps {name} without being {name} itself")
+    for name, array in (may_not_be or {}).items():
+        if array is not None:
+            _check_apart(out, array, f"out overlaps {name}")
+
+
+def _is_same(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    """Return whether two arrays of one shape are the same elements in the same places."""
+    return a.strides == b.strides and a.__array_interface__["data"] == b.__array_interface__["data"]
+
+
+def _check_apart(out: NDArray[Any], array: NDArray[Any], message: str) -> None:
+    """Raise ValueError if two arrays share memory, or if that is too hard to tell."""
+    if not np.may_share_memory(out, array):
+        return
+    try:
+        shared = np.shares_memory(out, array, max_work=100_000)
+    except np.exceptions.TooHardError:
+        shared = True
+    if shared:
+        raise ValueError(message)
+
+
+def check_running(running: Any, count: int, name: str) -> None:
+    """Raise unless ``running`` is None or a vector of ``count`` that can be updated in place."""
+    if running is None:
+        return
+    if not isinstance(running, np.ndarray):
+        raise TypeError(f"{name} should be an array: training updates it in place")
+    channels.check_vector(running, count, name)
+    if running.dtype.kind in "iu":
+        raise TypeError(
+            f"{name} should be floating, got {running.dtype}: training updates it in place"
+        )
+    if not running.flags.writeable:
+        raise ValueError(f"{name} is read-only: training updates it in place")

@@ -1,0 +1,461 @@
+"""Batch normalisation as functions, in the argument order of ``torch.nn.functional``.
+
+The way of a call: admit the array, check every argument, plan the layout, choose the kernels, run
+them. Nothing is written before everything is checked. The ``*_packed`` functions are the second
+half of that way, for callers whose channel vectors are float64 already: the functions here and
+`bnfast.layers`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfast import channels, layout, registry, threads
+from bnfast.channels import Moments
+from bnfast.checks import admit, check_eps, check_like, check_out, check_running, is_relu
+from bnfast.layout import Plan
+from bnfast.spec import Channels, Floats, Kernels
+
+__all__ = [
+    "Gradients",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_with_stats",
+    "moments",
+]
+
+
+class Gradients(NamedTuple):
+    """What `batch_norm_backward` returns.
+
+    Attributes
+    ----------
+    dx : ndarray
+        Gradient of the input: its shape, dtype and layout.
+    dweight, dbias : ndarray of float64, shape (C,)
+        Gradients of weight and bias.
+    dresidual : ndarray or None
+        Gradient of the residual, if it was asked for.
+    """
+
+    dx: NDArray[Any]
+    dweight: Channels
+    dbias: Channels
+    dresidual: NDArray[Any] | None
+
+
+def batch_norm(
+    x: Any,
+    running_mean: NDArray[Any] | None,
+    running_var: NDArray[Any] | None,
+    weight: NDArray[Any] | None = None,
+    bias: NDArray[Any] | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: NDArray[Any] | None = None,
+    activation: str | None = None,
+    out: NDArray[Any] | None = None,
+    backend: str | None = None,
+) -> NDArray[Any]:
+    """Normalise each channel of ``x``, as ``torch.nn.functional.batch_norm`` does.
+
+    Parameters
+    ----------
+    x : ndarray of float32 or float64, shape (N, C, ...)
+        The input; any strides.
+    running_mean, running_var : ndarray, shape (C,), or None
+        In training they are updated in place where given:
+        ``new = (1 - momentum) * old + momentum * batch``, with the unbiased batch variance.
+        Otherwise they are what ``x`` is normalised with.
+    weight, bias : ndarray, shape (C,), or None
+        The affine parameters, of any real dtype; None means 1 and 0.
+    training : bool
+        Whether to normalise with the statistics of this batch (the biased variance).
+    momentum : float
+        The weight of the new value.
+    eps : float
+        Added to the variance.
+    residual : ndarray like ``x``, or None
+        Added to the normalised result.
+    activation : None or "relu"
+        Applied last.
+    out : ndarray like ``x``, or None
+        Where to write the result; may be ``x`` or ``residual`` itself.
+    backend : str, optional
+        A backend's name, or several, separated by commas, in order of preference.
+
+    Returns
+    -------
+    ndarray
+        ``out``, or a new array of the shape, dtype and layout of ``x``.
+
+    Raises
+    ------
+    ValueError
+        For shapes that do not fit, one value per channel in training, a bad eps or activation, or
+        an ``out`` that overlaps an input without being it.
+    TypeError
+        For dtypes that are not accepted.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast.functional as F
+    >>> x = np.array([[[1.0, 2.0, 3.0]], [[4.0, 5.0, 6.0]]], np.float32)
+    >>> F.batch_norm(x, None, None, training=True).round(3)
+    array([[[-1.464, -0.878, -0.293]],
+    <BLANKLINE>
+           [[ 0.293,  0.878,  1.464]]], dtype=float32)
+    """
+    x = admit(x, ndim=None)
+    count = x.shape[1]
+    relu = is_relu(activation)
+    check_eps(eps, training)
+    packed_weight = channels.pack(weight, 1.0, count, "weight")
+    packed_bias = channels.pack(bias, 0.0, count, "bias")
+    if not training:
+        if running_mean is None or running_var is None:
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise ValueError(
+                f"{missing} must be defined in evaluation mode: pass it, or training=True to use "
+                "the statistics of this batch"
+            )
+        mean = channels.pack(running_mean, 0.0, count, "running_mean")
+        var = channels.pack(running_var, 1.0, count, "running_var")
+        return normalize_packed(
+            x, mean, var, packed_weight, packed_bias, eps, residual, relu, out, backend
+        )
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        check_running(running, count, name)
+    momentum = float(momentum)
+    trained = train_packed(x, packed_weight, packed_bias, eps, residual, relu, out, backend)
+    if trained.batch.count:
+        channels.update_running(running_mean, running_var, trained.batch, momentum)
+    return trained.y
+
+
+def batch_norm_with_stats(
+    x: Any,
+    weight: NDArray[Any] | None = None,
+    bias: NDArray[Any] | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: NDArray[Any] | None = None,
+    activation: str | None = None,
+    out: NDArray[Any] | None = None,
+    backend: str | None = None,
+) -> tuple[NDArray[Any], Channels, Channels]:
+    """Normalise ``x`` with its own statistics, and return what the backward pass needs of them.
+
+    Parameters
+    ----------
+    x, weight, bias, eps, residual, activation, out, backend
+        As in `batch_norm`.
+
+    Returns
+    -------
+    y : ndarray
+        The normalised input.
+    mean, invstd : ndarray of float64, shape (C,)
+        The batch mean and ``1 / sqrt(biased variance + eps)``.
+    """
+    x = admit(x, ndim=None)
+    count = x.shape[1]
+    relu = is_relu(activation)
+    check_eps(eps, training=True)
+    packed_weight = channels.pack(weight, 1.0, count, "weight")
+    packed_bias = channels.pack(bias, 0.0, count, "bias")
+    trained = train_packed(x, packed_weight, packed_bias, eps, residual, relu, out, backend)
+    return trained.y, trained.batch.mean, trained.invstd
+
+
+def batch_norm_backward(
+    dy: Any,
+    x: Any,
+    weight: NDArray[Any] | None,
+    mean: NDArray[Any],
+    invstd: NDArray[Any],
+    *,
+    training: bool = True,
+    activation: str | None = None,
+    y: NDArray[Any] | None = None,
+    residual: bool = False,
+    out: NDArray[Any] | None = None,
+    backend: str | None = None,
+) -> Gradients:
+    """Return the gradients of `batch_norm` for the output gradient ``dy``.
+
+    Parameters
+    ----------
+    dy, x : ndarray, shape (N, C, ...)
+        The gradient of the output, and the input of the forward call; same shape and dtype.
+    weight : ndarray, shape (C,), or None
+        As in the forward call.
+    mean, invstd : ndarray, shape (C,)
+        What ``x`` was normalised with (see `batch_norm_with_stats`).
+    training : bool
+        Whether they were the batch's own. If not (eval mode), they count as constants.
+    activation : None or "relu"
+        As in the forward call; "relu" needs ``y``.
+    y : ndarray like ``x``, or None
+        The output of the forward call: the gradient passes where ``y > 0``.
+    residual : bool
+        Whether to return the gradient of a residual as well.
+    out : ndarray like ``x``, or None
+        Where to write ``dx``; may be ``dy`` itself.
+    backend : str, optional
+        As in `batch_norm`.
+
+    Returns
+    -------
+    Gradients
+        ``dx, dweight, dbias, dresidual``.
+
+    Notes
+    -----
+    With ``g`` the gradient behind the activation and n elements per channel::
+
+        dbias = sum(g)        dweight = sum(g * xhat)
+        dx = weight * invstd * (g - (dbias + xhat * dweight) / n)      (training)
+        dx = weight * invstd * g                                       (eval)
+
+    Ioffe and Szegedy, "Batch Normalization", 2015, section 3.
+    """
+    x = admit(x, ndim=None)
+    count = x.shape[1]
+    relu = is_relu(activation)
+    if relu and y is None:
+        raise ValueError('activation="relu" needs y, the output of the forward call')
+    packed_weight = channels.pack(weight, 1.0, count, "weight")
+    packed_mean = channels.pack(np.asarray(mean), 0.0, count, "mean")
+    packed_invstd = channels.pack(np.asarray(invstd), 1.0, count, "invstd")
+    return backward_packed(
+        dy,
+        x,
+        y if relu else None,
+        packed_mean,
+        packed_invstd,
+        packed_weight,
+        training,
+        residual,
+        out,
+        backend,
+    )
+
+
+def moments(x: Any, *, backend: str | None = None) -> Moments:
+    """Return count, mean and sum of squared deviations of each channel of ``x``.
+
+    Parameters
+    ----------
+    x : ndarray of float32 or float64, shape (N, C, ...)
+        The input; any strides.
+    backend : str, optional
+        As in `batch_norm`.
+
+    Returns
+    -------
+    Moments
+        In float64, ready to be merged with those of other batches.
+    """
+    x = admit(x, ndim=None)
+    kernels, plan = _dispatch(x, backend)
+    mean, m2 = np.empty(x.shape[1]), np.empty(x.shape[1])
+    num_threads = threads.claim(x.size)
+    try:
+        kernels.moments(kernels.view(x, plan), mean=mean, m2=m2, num_threads=num_threads)
+    finally:
+        threads.release(num_threads)
+    return Moments(plan.count, mean, m2)
+
+
+class Trained(NamedTuple):
+    """What a training forward leaves behind."""
+
+    y: NDArray[Any]
+    batch: Moments
+    invstd: Channels
+
+
+def normalize_packed(
+    x: NDArray[Any],
+    mean: Channels,
+    var: Channels,
+    weight: Channels,
+    bias: Channels,
+    eps: float,
+    residual: Any,
+    relu: bool,
+    out: Any,
+    backend: str | None,
+) -> NDArray[Any]:
+    """Run ``normalize`` on an admitted array with packed channel vectors."""
+    kernels, plan = _dispatch(x, backend)
+    if residual is not None:
+        residual = check_like(residual, x, "residual")
+    if out is not None:
+        check_out(out, x, may_be={"x": x, "residual": residual})
+    if residual is not None:
+        residual = kernels.view(residual, plan)
+    y, y_form = _destination(out, plan, kernels, x)
+    num_threads = threads.claim(x.size)
+    try:
+        kernels.normalize(
+            kernels.view(x, plan),
+            mean,
+            var,
+            weight,
+            bias,
+            eps,
+            residual,
+            y=y_form,
+            relu=relu,
+            num_threads=num_threads,
+        )
+    finally:
+        threads.release(num_threads)
+    return _deliver(out, y)
+
+
+def train_packed(
+    x: NDArray[Any],
+    weight: Channels,
+    bias: Channels,
+    eps: float,
+    residual: Any,
+    relu: bool,
+    out: Any,
+    backend: str | None,
+) -> Trained:
+    """Run ``train`` on an admitted array with packed channel vectors."""
+    kernels, plan = _dispatch(x, backend)
+    if plan.count == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"
+        )
+    if residual is not None:
+        residual = check_like(residual, x, "residual")
+    if out is not None:
+        check_out(out, x, may_be={"x": x, "residual": residual})
+    if residual is not None:
+        residual = kernels.view(residual, plan)
+    y, y_form = _destination(out, plan, kernels, x)
+    mean, m2 = np.empty(weight.shape), np.empty(weight.shape)
+    num_threads = threads.claim(x.size)
+    try:
+        kernels.train(
+            kernels.view(x, plan),
+            weight,
+            bias,
+            eps,
+            residual,
+            y=y_form,
+            mean=mean,
+            m2=m2,
+            relu=relu,
+            num_threads=num_threads,
+        )
+    finally:
+        threads.release(num_threads)
+    invstd = channels.invstd(m2 / max(plan.count, 1), eps)
+    return Trained(_deliver(out, y), Moments(plan.count, mean, m2), invstd)
+
+
+def backward_packed(
+    dy: Any,
+    x: NDArray[Any],
+    y: Any,
+    mean: Channels,
+    invstd: Channels,
+    weight: Channels,
+    training: bool,
+    want_residual: bool,
+    out: Any,
+    backend: str | None,
+) -> Gradients:
+    """Run the backward kernels on an admitted array; ``y`` is given where ReLU was fused."""
+    kernels, plan = _dispatch(x, backend)
+    dy = check_like(dy, x, "dy")
+    relu = y is not None
+    y_form = kernels.view(check_like(y, x, "y"), plan) if relu else None
+    if out is not None:
+        check_out(out, x, may_be={"dy": dy}, may_not_be={"x": x, "y": y})
+    dx, dx_form = _destination(out, plan, kernels, x)
+    dresidual = kernels.empty(plan, like=x) if want_residual else None
+    dresidual_form = None if dresidual is None else kernels.view(dresidual, plan)
+    dy_form, x_form = kernels.view(dy, plan), kernels.view(x, plan)
+    sum_dy, sum_dy_xhat = np.empty(mean.shape), np.empty(mean.shape)
+    num_threads = threads.claim(x.size)
+    try:
+        if training:
+            kernels.backward(
+                dy_form,
+                x_form,
+                y_form,
+                mean,
+                invstd,
+                weight,
+                dx=dx_form,
+                dresidual=dresidual_form,
+                sum_dy=sum_dy,
+                sum_dy_xhat=sum_dy_xhat,
+                relu=relu,
+                num_threads=num_threads,
+            )
+        else:
+            kernels.backward_sums(
+                dy_form,
+                x_form,
+                y_form,
+                mean,
+                invstd,
+                sum_dy=sum_dy,
+                sum_dy_xhat=sum_dy_xhat,
+                relu=relu,
+                num_threads=num_threads,
+            )
+            zero = np.zeros(mean.shape)
+            kernels.backward_input(
+                dy_form,
+                x_form,
+                y_form,
+                mean,
+                invstd,
+                weight,
+                zero,
+                zero,
+                1,
+                dx=dx_form,
+                dresidual=dresidual_form,
+                relu=relu,
+                num_threads=num_threads,
+            )
+    finally:
+        threads.release(num_threads)
+    return Gradients(_deliver(out, dx), sum_dy_xhat, sum_dy, dresidual)
+
+
+def _dispatch(x: NDArray[Any], backend: str | None) -> tuple[Kernels, Plan]:
+    """Choose the kernels for ``x`` and plan its way to them."""
+    return registry.choose(backend, x), layout.plan(x.shape, x.strides, x.dtype)
+
+
+def _destination(
+    out: Any, plan: Plan, kernels: Kernels, like: NDArray[Any]
+) -> tuple[NDArray[Any], Floats]:
+    """Return the array that the kernels fill, and its form: ``out`` where it lies as planned."""
+    y = out if out is not None and layout.lies_as(out, plan) else kernels.empty(plan, like)
+    return y, kernels.view(y, plan)
+
+
+def _deliver(out: Any, y: NDArray[Any]) -> NDArray[Any]:
+    """Return the result, copied to ``out`` where the kernels could not write there."""
+    if out is None or out is y:
+        return y
+    out[...] = y
+    delivered: NDArray[Any] = out
+    return delivered

@@ -1,0 +1,442 @@
+"""BatchNorm1d, 2d and 3d: parameters, running statistics, modes and state.
+
+One table per layer holds the four channel vectors as rows, so that a call packs them in one step::
+
+    row 0  weight        row 2  running_mean
+    row 1  bias          row 3  running_var
+
+The public attributes are views of these rows: written in place, they take effect at the next call.
+Assigning to one copies the values into its row.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from bnfast import channels, registry
+from bnfast.checks import admit, check_eps, is_relu
+from bnfast.functional import Trained, backward_packed, normalize_packed, train_packed
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
+_NEUTRAL = (1.0, 0.0, 0.0, 1.0)
+
+
+class IncompatibleKeys(NamedTuple):
+    """What `load_state_dict` did not find, and what it did not know."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def _vector(row: int, text: str) -> property:
+    """Return a property that shows one row of the table, or None where the layer lacks it."""
+    name = _VECTORS[row]
+
+    def read(self: _BatchNorm) -> NDArray[Any] | None:
+        return self._views[row]
+
+    def assign(self: _BatchNorm, value: Any) -> None:
+        if value is not None:
+            array = np.asarray(value)
+            channels.check_vector(array, self.num_features, name)
+        self._table[row] = _NEUTRAL[row] if value is None else array
+        self._views[row] = None if value is None else self._table[row]
+
+    return property(read, assign, doc=text)
+
+
+class _BatchNorm:
+    """Batch normalisation over axis 1, with the semantics of PyTorch's layer.
+
+    Parameters
+    ----------
+    num_features : int
+        Number of channels, C.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        Weight of the new value in the running statistics; None keeps the cumulative average.
+    affine : bool
+        Whether the layer has a weight and a bias.
+    track_running_stats : bool
+        Whether it keeps running statistics. Without them it uses the batch's, in eval mode too.
+    bias : bool
+        Whether an affine layer has a bias.
+    dtype : dtype
+        Of parameters and running statistics: float32 or float64. The input's may differ.
+    activation : None or "relu"
+        Applied to the result, in the same pass over memory.
+    backend : str, optional
+        A backend's name for this layer's calls, checked at once.
+
+    Attributes
+    ----------
+    training : bool
+        The mode; a new layer trains.
+    grad_weight, grad_bias : ndarray of shape (C,), or None
+        Gradients that `backward` added up since `zero_grad`.
+    grad_residual : ndarray or None
+        Gradient of the last call's residual.
+    """
+
+    _ndims: ClassVar[tuple[int, ...]]
+    training: bool
+
+    weight = _vector(0, "Scale of each channel, shape (C,); None without `affine`.")
+    bias = _vector(1, "Shift of each channel, shape (C,); None without `affine` or `bias`.")
+    running_mean = _vector(2, "Running mean, shape (C,); None where it is not tracked.")
+    running_var = _vector(3, "Running unbiased variance, shape (C,); None where not tracked.")
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        bias: bool = True,
+        dtype: DTypeLike = np.float32,
+        activation: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        num_features = operator.index(num_features)
+        if num_features < 0:
+            raise ValueError(f"num_features should not be negative, got {num_features}")
+        check_eps(eps, training=False)
+        is_relu(activation)
+        dtype = np.dtype(dtype)
+        if dtype.char not in "fd":
+            raise TypeError(f"dtype should be float32 or float64, got {dtype}")
+        if backend is not None:
+            registry.choose(backend)
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.activation = activation
+        self.backend = backend
+        self.training = True
+        self.num_batches_tracked: int | None = 0 if track_running_stats else None
+        self.grad_weight: NDArray[Any] | None = None
+        self.grad_bias: NDArray[Any] | None = None
+        self.grad_residual: NDArray[Any] | None = None
+        self._saved: _Saved | str = "there was no training forward yet"
+        present = (affine, affine and bias, track_running_stats, track_running_stats)
+        table = np.empty((4, num_features), dtype)
+        table[:] = np.array(_NEUTRAL)[:, None]
+        self._adopt(table, present)
+
+    def _adopt(self, table: NDArray[Any], present: tuple[bool, ...]) -> None:
+        """Take ``table`` as this layer's numbers, showing the rows that are ``present``."""
+        self._table = table
+        self._views: list[NDArray[Any] | None] = [
+            row if shown else None for row, shown in zip(table, present, strict=True)
+        ]
+
+    def __call__(self, x: Any, residual: Any = None, out: Any = None) -> NDArray[Any]:
+        """Normalise ``x``; in training mode, update the running statistics.
+
+        Parameters
+        ----------
+        x : ndarray of float32 or float64, shape (N, C, ...)
+            Any strides.
+        residual : ndarray like ``x``, optional
+            Added to the normalised result, before the activation.
+        out : ndarray like ``x``, optional
+            Where to write the result; may be ``x`` or ``residual`` itself.
+
+        Returns
+        -------
+        ndarray
+            ``out``, or a new array of the shape, dtype and layout of ``x``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For what `bnfast.functional.batch_norm` refuses. A refused call changes nothing.
+        """
+        x = admit(x, self._ndims)
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"running_mean should contain {x.shape[1]} elements not {self.num_features}: "
+                f"expected input with {self.num_features} channels on axis 1, got shape {x.shape}"
+            )
+        relu = is_relu(self.activation)
+        packed = self._table.astype(np.float64, copy=False)
+        if not self.training and self._views[2] is not None and self._views[3] is not None:
+            check_eps(self.eps, training=False)
+            return normalize_packed(
+                x,
+                packed[2],
+                packed[3],
+                packed[0],
+                packed[1],
+                self.eps,
+                residual,
+                relu,
+                out,
+                self.backend,
+            )
+        check_eps(self.eps, training=True)
+        trained = train_packed(
+            x, packed[0], packed[1], self.eps, residual, relu, out, self.backend
+        )
+        if self.training:
+            self._track(trained)
+            self._save(trained, x, packed[0], residual is not None)
+        return trained.y
+
+    def _track(self, trained: Trained) -> None:
+        """Count the batch and move the running statistics."""
+        if not self.track_running_stats or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked += 1
+        if trained.batch.count and self.num_features:
+            momentum = self.momentum
+            factor = 1.0 / self.num_batches_tracked if momentum is None else float(momentum)
+            channels.update_running(self._views[2], self._views[3], trained.batch, factor)
+
+    def _save(
+        self, trained: Trained, x: NDArray[Any], weight: NDArray[np.float64], residual: bool
+    ) -> None:
+        """Keep what `backward` needs."""
+        if np.may_share_memory(trained.y, x):
+            self._saved = "its input was overwritten by out=x"
+            return
+        relu = self.activation == "relu"
+        self._saved = _Saved(trained, x, weight.copy(), relu, residual)
+
+    def backward(self, dy: Any) -> NDArray[Any]:
+        """Return the gradient of the input of the last training forward.
+
+        Parameters
+        ----------
+        dy : ndarray like the output
+            Gradient of the output.
+
+        Returns
+        -------
+        ndarray
+            ``dx``. ``grad_weight`` and ``grad_bias`` are added to; ``grad_residual`` is set.
+
+        Raises
+        ------
+        RuntimeError
+            If there is no training forward to differentiate, or its input was overwritten by
+            ``out=x``.
+
+        Notes
+        -----
+        A forward call in eval mode saves nothing and does not count. Its gradient is
+        ``bnfast.functional.batch_norm_backward(..., training=False)``.
+        """
+        saved = self._saved
+        if isinstance(saved, str):
+            raise RuntimeError(f"no gradient: {saved}")
+        gradients = backward_packed(
+            dy,
+            saved.x,
+            saved.trained.y if saved.relu else None,
+            saved.trained.batch.mean,
+            saved.trained.invstd,
+            saved.weight,
+            True,
+            saved.residual,
+            None,
+            self.backend,
+        )
+        dtype = self._table.dtype
+        if self._views[0] is not None:
+            self.grad_weight = _accumulated(self.grad_weight, gradients.dweight, dtype)
+        if self._views[1] is not None:
+            self.grad_bias = _accumulated(self.grad_bias, gradients.dbias, dtype)
+        self.grad_residual = gradients.dresidual
+        return gradients.dx
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.grad_weight = self.grad_bias = self.grad_residual = None
+
+    def train(self, mode: bool = True) -> _BatchNorm:
+        """Enter training mode (or, with False, eval mode), and return the layer."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> _BatchNorm:
+        """Enter eval mode, and return the layer."""
+        return self.train(False)
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running variance to 1 and the counter to 0."""
+        for row in (2, 3):
+            self._table[row] = _NEUTRAL[row]
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked = 0
+
+    def reset_parameters(self) -> None:
+        """Reset the running statistics, and set the weight to 1 and the bias to 0."""
+        self.reset_running_stats()
+        for row in (0, 1):
+            self._table[row] = _NEUTRAL[row]
+
+    def state_dict(self, prefix: str = "") -> dict[str, NDArray[Any]]:
+        """Return a copy of the layer's state under PyTorch's names, each preceded by ``prefix``.
+
+        ``num_batches_tracked`` is an int64 array of shape (). What the layer lacks has no key.
+        """
+        state: dict[str, NDArray[Any]] = {
+            prefix + name: view.copy()
+            for name, view in zip(_VECTORS, self._views, strict=True)
+            if view is not None
+        }
+        if self.num_batches_tracked is not None:
+            state[prefix + "num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
+        return state
+
+    def load_state_dict(
+        self, mapping: Mapping[str, Any], strict: bool = True, prefix: str = ""
+    ) -> IncompatibleKeys:
+        """Take the layer's state from a mapping of names to arrays.
+
+        Parameters
+        ----------
+        mapping : mapping
+            What `state_dict` returns, ``numpy.load`` of an ``.npz``, or safetensors' ``load_file``.
+        strict : bool
+            Whether a missing or an unexpected key is an error. A missing counter is not: old
+            files lack it.
+        prefix : str
+            What precedes the names; keys without it are ignored.
+
+        Returns
+        -------
+        IncompatibleKeys
+            ``missing_keys`` and ``unexpected_keys``.
+
+        Raises
+        ------
+        ValueError
+            For missing or unexpected keys, and for shapes that do not fit. Nothing is loaded then.
+        TypeError
+            For values that are not real numbers.
+        """
+        own = self.state_dict(prefix)
+        counter = prefix + "num_batches_tracked"
+        missing = [key for key in own if key not in mapping and key != counter]
+        unexpected = [key for key in mapping if key.startswith(prefix) and key not in own]
+        if strict and (missing or unexpected):
+            parts = [f"missing keys {missing}"] * bool(missing)
+            parts += [f"unexpected keys {unexpected}"] * bool(unexpected)
+            raise ValueError(
+                f"cannot load the state of {type(self).__name__}: {', '.join(parts)}; "
+                f"expected {list(own)}"
+            )
+        found = {key: np.asarray(mapping[key]) for key in own if key in mapping}
+        count = None
+        if counter in found:
+            count = _as_counter(found.pop(counter), counter)
+        for key, array in found.items():
+            channels.check_vector(array, self.num_features, key)
+        for key, array in found.items():
+            setattr(self, key.removeprefix(prefix), array)
+        if count is not None:
+            self.num_batches_tracked = count
+        return IncompatibleKeys(missing, unexpected)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and copy keep: everything but what the last forward saved."""
+        state = self.__dict__.copy()
+        state["_views"] = tuple(view is not None for view in self._views)
+        state["_saved"] = "the layer was copied after its last forward"
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a layer; its public vectors are views of its own table again."""
+        present = state.pop("_views")
+        self.__dict__.update(state)
+        table = np.array(state["_table"])
+        if table.shape != (4, self.num_features) or table.dtype.char not in "fd":
+            raise ValueError(f"not the state of a layer with {self.num_features} features")
+        self._adopt(table, present)
+
+    def __repr__(self) -> str:
+        """Return the constructor call, as PyTorch prints it, and what differs from its defaults."""
+        text = (
+            f"{type(self).__name__}({self.num_features}, eps={self.eps}, "
+            f"momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}"
+        )
+        if self.affine and self._views[1] is None:
+            text += ", bias=False"
+        if self._table.dtype != np.float32:
+            text += f", dtype={self._table.dtype}"
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        if self.backend is not None:
+            text += f", backend={self.backend!r}"
+        return text + ")"
+
+
+class _Saved(NamedTuple):
+    """What a training forward leaves for `backward`."""
+
+    trained: Trained
+    x: NDArray[Any]
+    weight: NDArray[np.float64]
+    relu: bool
+    residual: bool
+
+
+def _accumulated(
+    total: NDArray[Any] | None, gradient: NDArray[np.float64], dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    """Return ``total + gradient`` in ``dtype``."""
+    added: NDArray[Any] = (gradient if total is None else total + gradient).astype(dtype)
+    return added
+
+
+def _as_counter(value: NDArray[Any], key: str) -> int:
+    """Return a counter as an int, or raise ValueError."""
+    if value.size != 1 or value.dtype.kind not in "iuf" or not value.item() >= 0:
+        raise ValueError(f"{key} should be one non-negative integer, got {value!r}")
+    return int(value.item())
+
+
+class BatchNorm1d(_BatchNorm):
+    """`BatchNorm2d` for inputs of shape (N, C) or (N, C, L)."""
+
+    _ndims = (2, 3)
+
+
+class BatchNorm2d(_BatchNorm):
+    __doc__ = f"""{_BatchNorm.__doc__}
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> bn = bnfast.BatchNorm2d(3)
+    >>> x = np.random.default_rng(0).normal(5, 2, (8, 3, 4, 4)).astype(np.float32)
+    >>> y = bn(x)
+    >>> float(abs(y.mean())) < 1e-6, y.dtype, y.shape
+    (True, dtype('float32'), (8, 3, 4, 4))
+    >>> bn.eval()
+    BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    >>> bn(x[:1]).shape
+    (1, 3, 4, 4)
+    """
+
+    _ndims = (4,)
+
+
+class BatchNorm3d(_BatchNorm):
+    """`BatchNorm2d` for inputs of shape (N, C, D, H, W)."""
+
+    _ndims = (5,)

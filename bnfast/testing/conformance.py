@@ -1,0 +1,78 @@
+"""`KernelConformance`, the suite that a backend's test class inherits."""
+
+from __future__ import annotations
+
+import decimal
+import functools
+from collections.abc import Iterator
+from types import ModuleType
+from typing import ClassVar, cast
+
+import numpy as np
+import pytest
+
+from bnfast import registry
+from bnfast.errors import BackendUnavailableError
+from bnfast.spec import Kernels
+from bnfast.testing import guard, reference, seeding
+from bnfast.testing.contract import ContractTests
+from bnfast.testing.determinism import DeterminismTests
+from bnfast.testing.robustness import RobustnessTests
+
+
+class KernelConformance(ContractTests, RobustnessTests, DeterminismTests):
+    """Everything that `bnfast.spec` asks of a backend, as tests.
+
+    Derive a class whose name starts with ``Test`` and set `backend`; pytest collects the rest.
+    Where the backend cannot run, its tests are skipped with its own sentence.
+
+    Attributes
+    ----------
+    backend : str or module
+        A name that `bnfast.register_backend` or bnfast itself put into the table, or the module
+        with the kernels.
+    fma : bool
+        Whether the kernels use fused multiply-add here. Without it float32 outputs get
+        `bnfast.spec.Y_ULPS_FLOAT32_WITHOUT_FMA`.
+    seed : int or None
+        The seed of the random inputs; None draws a fresh one per run, which the report of a
+        failed test prints.
+
+    Examples
+    --------
+    >>> class TestReference(KernelConformance):
+    ...     backend = "numpy"
+    """
+
+    backend: ClassVar[str | ModuleType]
+    fma: bool = True
+    seed: ClassVar[int | None] = None
+
+    @pytest.fixture
+    def kernels(self, record_property: pytest.RecordProperty) -> Kernels:
+        """Return the kernels under test, and note in the test's report whose they are."""
+        backend = self.backend
+        if isinstance(backend, str):
+            try:
+                kernels = registry.load(backend)
+            except BackendUnavailableError:
+                pytest.skip(f"{backend}: {registry.list_backends()[backend].reason}")
+        else:
+            kernels = cast("Kernels", backend)
+            reason = kernels.unavailable()
+            if isinstance(reason, str):
+                pytest.skip(reason)
+        name = backend if isinstance(backend, str) else backend.__name__
+        record_property("conformance_backend", name)
+        return kernels
+
+    @pytest.fixture
+    def run(self, kernels: Kernels) -> Iterator[guard.Run]:
+        """Return `guard.run` for the kernels under test."""
+        with decimal.localcontext(reference.DECIMAL_CONTEXT):
+            yield functools.partial(guard.run, kernels)
+
+    @pytest.fixture
+    def rng(self, request: pytest.FixtureRequest) -> np.random.Generator:
+        """Return this test's own generator of random inputs."""
+        return seeding.generator(request, self.seed)

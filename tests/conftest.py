@@ -1,0 +1,95 @@
+"""What every test run shows and shares: what ran where, and random inputs that can be had again.
+
+Header
+    The backends, each with its instruction set or the reason why it cannot run; the threads; the
+    seed of all random inputs, which ``--seed N`` sets.
+``--require-backend NAME``
+    Repeatable, or a comma list: the run fails at once if one of them cannot run here.
+Closing lines
+    For each backend how many tests of the conformance suite really ran on it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast.testing import seeding
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the two options."""
+    group = parser.getgroup("bnfast")
+    group.addoption(
+        "--seed", type=int, metavar="N", help="seed of the random inputs; default: a fresh one"
+    )
+    group.addoption(
+        "--require-backend",
+        action="append",
+        default=[],
+        metavar="NAME[,NAME...]",
+        help="fail if this backend cannot run here; repeatable",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settle the seed here, so that the processes of a distributed run share it."""
+    if config.option.seed is None:
+        config.option.seed = seeding.fresh_seed()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """End the run if a required backend cannot run."""
+    backends = bnfast.list_backends()
+    for name in _required(session.config):
+        if name not in backends:
+            raise pytest.UsageError(
+                f"--require-backend {name}: unknown backend; known are {', '.join(backends)}"
+            )
+        if not backends[name].available:
+            reason = backends[name].reason
+            pytest.exit(f"required backend {name} cannot run here: {reason}", returncode=1)
+
+
+def pytest_report_header(config: pytest.Config) -> Iterator[str]:
+    """Return the lines above the first test."""
+    report = bnfast.show_config("dict")
+    for name, row in report["backends"].items():
+        state = row["instruction_set"] if row["available"] else f"not here: {row['reason']}"
+        yield f"backend {name}: {state}"
+    threads = report["threads"]
+    yield f"threads: {threads['error'] or threads['count']} ({threads['source']})"
+    yield f"random inputs: --seed {config.option.seed}"
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say on which backends the conformance suite ran, and how much of it."""
+    ran = Counter(
+        value
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        for key, value in report.user_properties
+        if key == "conformance_backend" and report.when == "call"
+    )
+    counts = ", ".join(f"{name} {count} tests" for name, count in ran.items())
+    terminalreporter.write_line(f"conformance ran on: {counts or 'no backend'}")
+    if absent := [name for name in _required(config) if name not in ran]:
+        terminalreporter.write_line(f"required, but not conformance-tested: {', '.join(absent)}")
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Return this test's own generator of random inputs; see ``--seed``."""
+    return seeding.generator(request)
+
+
+def _required(config: pytest.Config) -> list[str]:
+    return [
+        name.strip() for value in config.option.require_backend for name in value.split(",") if name
+    ]

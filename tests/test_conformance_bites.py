@@ -1,0 +1,119 @@
+"""The conformance suite bites: it fails on every kernel of `wrong_kernels`, for the right reason.
+
+Each wrong backend goes through pytest itself, in this process, in a class of two lines like any
+third party's. Only the tests that should catch it are collected; each of them must fail, and by
+its own assertion rather than by an accident of the wrong kernel. The right kernels, wrapped in the
+same way, must pass all of those tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import wrong_kernels
+
+from bnfast.testing import KernelConformance
+
+TESTS = {name for name in dir(KernelConformance) if name.startswith("test_")}
+
+RIGHT = wrong_kernels.reference_with(
+    "right",
+    {
+        name: lambda right, arguments: right(**arguments)
+        for name in ("moments", "normalize", "train", "backward_sums", "backward_input", "backward")
+    },
+)
+
+MODULE = """\
+import test_conformance_bites, wrong_kernels
+from bnfast.testing import KernelConformance
+
+class TestSubject(KernelConformance):
+    backend = {backend}
+    seed = {seed}
+"""
+
+
+class Outcome:
+    """A pytest plugin that runs some test functions, each until it has failed once.
+
+    `failures` has for each of them the exception's type and the report. A function is also left
+    after ``enough`` of its parameters have passed.
+    """
+
+    def __init__(self, wanted: Sequence[str], enough: float) -> None:
+        self.wanted = wanted
+        self.enough = enough
+        self.passed: Counter[str] = Counter()
+        self.failures: dict[str, tuple[str, str]] = {}
+        self.others: list[str] = []
+
+    def pytest_pycollect_makeitem(self, name: str) -> list[pytest.Item] | None:
+        """Leave out the tests that are not wanted."""
+        return [] if name in TESTS and name not in self.wanted else None
+
+    def pytest_runtest_protocol(self, item: pytest.Function) -> bool | None:
+        """Pass over the further parameters of a test that needs no more of them."""
+        name = item.originalname
+        return True if name in self.failures or self.passed[name] >= self.enough else None
+
+    def pytest_runtest_makereport(self, item: pytest.Function, call: pytest.CallInfo[None]) -> None:
+        """Sort the outcomes."""
+        name = item.originalname
+        if call.excinfo is None:
+            self.passed[name] += call.when == "call"
+        elif call.when == "call" and call.excinfo.typename != "Skipped":
+            self.failures[name] = (call.excinfo.typename, str(call.excinfo.getrepr()))
+        else:
+            self.others.append(f"{item.nodeid}: {call.excinfo.exconly()} in {call.when}")
+
+
+@pytest.fixture
+def conformance(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that runs some tests of the suite on a backend."""
+
+    def run(name: str, backend: str, wanted: Sequence[str], enough: float = math.inf) -> Outcome:
+        module = tmp_path / f"test_{name}.py"
+        module.write_text(MODULE.format(backend=backend, seed=int(rng.integers(2**32))))
+        (tmp_path / "pytest.ini").write_text("[pytest]\n")
+        monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+        outcome = Outcome(wanted, enough)
+        # That plugin collects garbage at the end, 0.5 s each time under the items of the outer run.
+        options = ["-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+        try:
+            pytest.main([*options, f"--rootdir={tmp_path}", str(module)], plugins=[outcome])
+        finally:
+            wrong_kernels.restore_floating_point()
+        assert not outcome.others
+        return outcome
+
+    return run
+
+
+@pytest.mark.parametrize("name", wrong_kernels.WRONG)
+def test_wrong_kernel_is_caught(name, conformance) -> None:
+    wrong = wrong_kernels.WRONG[name]
+    assert set(wrong.caught_by) <= TESTS
+    outcome = conformance(name, f"wrong_kernels.WRONG[{name!r}].kernels", wrong.caught_by)
+    missed = set(wrong.caught_by) - outcome.failures.keys()
+    assert not missed, f"passed on a kernel with {name.replace('_', ' ')}: {sorted(missed)}"
+    for test, (error, report) in outcome.failures.items():
+        assert error == wrong.error, f"{test} failed otherwise than it should:\n{report}"
+
+
+def test_right_kernel_passes_the_same_way(conformance) -> None:
+    wanted = sorted({test for wrong in wrong_kernels.WRONG.values() for test in wrong.caught_by})
+    # Twelve parameters of each test: `test_conformance` runs the unwrapped kernels through them all.
+    outcome = conformance("right", "test_conformance_bites.RIGHT", wanted, enough=12)
+    assert not outcome.failures, outcome.failures
+    assert set(outcome.passed) == set(wanted)
+
+
+def test_every_test_of_the_suite_catches_something() -> None:
+    catching = {test for wrong in wrong_kernels.WRONG.values() for test in wrong.caught_by}
+    assert TESTS - catching == set()
