@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 # -g0: debug information would be two thirds of the file. -fopenmp-simd: the loops carry
 # `omp simd` with or without OpenMP's threads. No -ffast-math, ever: linked into a shared object it
 # switches denormals off for the whole process.
-UNIX_FLAGS = ["-O3", "-g0", "-fopenmp-simd"]
+UNIX_FLAGS = ["-O3", "-g0", "-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno"]
 
 OPENMP_FLAGS = {
     "linux": (["-fopenmp"], ["-fopenmp"]),

@@ -92,14 +92,14 @@ def check_out(
     if not out.flags.writeable:
         raise ValueError("out is read-only")
     for name, array in may_be.items():
-        if array is not out and array is not None and not _is_same(out, array):
+        if array is not out and array is not None and not is_same(out, array):
             _check_apart(out, array, f"out overlaps {name} without being {name} itself")
     for name, array in (may_not_be or {}).items():
         if array is not None:
             _check_apart(out, array, f"out overlaps {name}")
 
 
-def _is_same(a: NDArray[Any], b: NDArray[Any]) -> bool:
+def is_same(a: NDArray[Any], b: NDArray[Any]) -> bool:
     """Return whether two arrays of one shape are the same elements in the same places."""
     return a.strides == b.strides and a.__array_interface__["data"] == b.__array_interface__["data"]
 
@@ -114,6 +114,12 @@ def _check_apart(out: NDArray[Any], array: NDArray[Any], message: str) -> None:
         shared = True
     if shared:
         raise ValueError(message)
+
+
+def check_both_running(mean: Any, var: Any) -> None:
+    """Raise ValueError if one of the running statistics is None and the other is not."""
+    if (mean is None) is not (var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
 
 
 def check_running(running: Any, count: int, name: str) -> None:

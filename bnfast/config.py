@@ -39,11 +39,12 @@ def show_config(mode: Literal["stdout", "dict"] = "stdout") -> dict[str, Any] | 
     Returns
     -------
     dict or None
-        With ``"dict"``, a mapping that the `json` module accepts. Its keys: ``versions`` (name to
-        version, or None where the package is absent); ``platform``; ``backends``, for each name
-        ``available``, ``reason``, ``install``, ``module``, ``instruction_set`` and ``openmp`` (None
-        where a backend does not say); ``backend`` (``name``, ``chosen_by``, ``error``);
-        ``threads`` (``count``, ``source``, ``error``).
+        With ``"dict"``, a mapping that the `json` module accepts. Its keys: ``versions``, by name,
+        or None where absent (``cython`` is the one that translated the extension in use);
+        ``platform``; ``backends``, for each name ``available``, ``reason``, ``install``,
+        ``module``, ``instruction_set`` and ``openmp`` (None where a backend does not say);
+        ``backend`` (``name``, ``chosen_by``, ``error``); ``threads`` (``count``, ``source``,
+        ``error``).
 
     Raises
     ------
@@ -65,15 +66,17 @@ def show_config(mode: Literal["stdout", "dict"] = "stdout") -> dict[str, Any] | 
 
 
 def _collect() -> dict[str, Any]:
-    import platform  # with importlib.metadata 20 ms, which only a report needs
+    import platform  # with importlib.metadata and textwrap 20 ms, which only a report needs
+
+    import bnfast  # here, because the package imports this module while it is imported itself
 
     backends = {name: _backend(backend) for name, backend in registry.list_backends().items()}
     return {
         "versions": {
-            "bnfast": _version_of("bnfast"),
+            "bnfast": bnfast.__version__,
             "python": platform.python_version(),
             "numpy": np.__version__,
-            "numba": _version_of("numba"),
+            "numba": _numba_version(),
             "cython": _built_with_cython(),
         },
         "platform": platform.platform(),
@@ -120,11 +123,11 @@ def _built_with_cython() -> str | None:
     return None
 
 
-def _version_of(distribution: str) -> str | None:
+def _numba_version() -> str | None:
     from importlib import metadata
 
     try:
-        return metadata.version(distribution)
+        return metadata.version("numba")
     except metadata.PackageNotFoundError:
         return None
 
@@ -133,11 +136,9 @@ def _lines(config: dict[str, Any]) -> Iterator[str]:
     versions = config["versions"]
     backend = config["backend"]
     count = config["threads"]
-    yield from _entry("bnfast", versions["bnfast"] or "not installed: imported from its source")
-    yield from _entry("python", versions["python"])
-    yield from _entry("numpy", versions["numpy"])
-    yield from _entry("numba", versions["numba"] or "not installed")
-    yield from _entry("cython", versions["cython"] or "no extension in use")
+    yield from _entry(
+        "versions", ", ".join(f"{name} {number or '(none)'}" for name, number in versions.items())
+    )
     yield from _entry("platform", config["platform"])
     yield ""
     yield from _entry("backend", "can it run here?")
@@ -149,7 +150,9 @@ def _lines(config: dict[str, Any]) -> Iterator[str]:
             # Not wrapped: the line is there to be copied.
             yield f"{'':<{_INDENT}}install: {row['install']}"
     yield ""
-    yield from _entry("in use", backend["error"] or f"{backend['name']}, chosen by {backend['chosen_by']}")
+    yield from _entry(
+        "in use", backend["error"] or f"{backend['name']}, chosen by {backend['chosen_by']}"
+    )
     yield from _entry("threads", count["error"] or f"{count['count']}, from {count['source']}")
 
 

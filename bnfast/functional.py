@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from bnfast import channels, layout, registry, threads
 from bnfast.channels import Moments
-from bnfast.checks import admit, check_eps, check_like, check_out, check_running, is_relu
+from bnfast.checks import (
+    admit,
+    check_both_running,
+    check_eps,
+    check_like,
+    check_out,
+    check_running,
+    is_relu,
+)
 from bnfast.layout import Plan
 from bnfast.spec import Channels, Floats, Kernels
 
@@ -69,7 +77,7 @@ def batch_norm(
     x : ndarray of float32 or float64, shape (N, C, ...)
         The input; any strides.
     running_mean, running_var : ndarray, shape (C,), or None
-        In training they are updated in place where given:
+        Both or neither. In training they are updated in place where given:
         ``new = (1 - momentum) * old + momentum * batch``, with the unbiased batch variance.
         Otherwise they are what ``x`` is normalised with.
     weight, bias : ndarray, shape (C,), or None
@@ -129,6 +137,7 @@ def batch_norm(
         return normalize_packed(
             x, mean, var, packed_weight, packed_bias, eps, residual, relu, out, backend
         )
+    check_both_running(running_mean, running_var)
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
         check_running(running, count, name)
     momentum = float(momentum)

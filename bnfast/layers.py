@@ -11,6 +11,7 @@ Assigning to one copies the values into its row.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bnfast import channels, registry
-from bnfast.checks import admit, check_eps, is_relu
+from bnfast.checks import admit, check_both_running, check_eps, is_relu, is_same
 from bnfast.functional import Trained, backward_packed, normalize_packed, train_packed
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -171,8 +172,11 @@ class _BatchNorm:
                 f"expected input with {self.num_features} channels on axis 1, got shape {x.shape}"
             )
         relu = is_relu(self.activation)
+        tracked = self.training and self.track_running_stats
+        if tracked or not self.training:
+            check_both_running(self._views[2], self._views[3])
         packed = self._table.astype(np.float64, copy=False)
-        if not self.training and self._views[2] is not None and self._views[3] is not None:
+        if not self.training and self._views[2] is not None:
             check_eps(self.eps, training=False)
             return normalize_packed(
                 x,
@@ -187,29 +191,30 @@ class _BatchNorm:
                 self.backend,
             )
         check_eps(self.eps, training=True)
+        count = None if self.num_batches_tracked is None else self.num_batches_tracked + 1
+        factor = self._factor(count)
         trained = train_packed(
             x, packed[0], packed[1], self.eps, residual, relu, out, self.backend
         )
+        if tracked:
+            self.num_batches_tracked = count
+            if trained.batch.count:
+                channels.update_running(self._views[2], self._views[3], trained.batch, factor)
         if self.training:
-            self._track(trained)
             self._save(trained, x, packed[0], residual is not None)
         return trained.y
 
-    def _track(self, trained: Trained) -> None:
-        """Count the batch and move the running statistics."""
-        if not self.track_running_stats or self.num_batches_tracked is None:
-            return
-        self.num_batches_tracked += 1
-        if trained.batch.count and self.num_features:
-            momentum = self.momentum
-            factor = 1.0 / self.num_batches_tracked if momentum is None else float(momentum)
-            channels.update_running(self._views[2], self._views[3], trained.batch, factor)
+    def _factor(self, count: int | None) -> float:
+        """Return the weight in the running statistics of what is the ``count``-th batch."""
+        if self.momentum is not None:
+            return float(self.momentum)
+        return 0.0 if count is None else 1.0 / count
 
     def _save(
         self, trained: Trained, x: NDArray[Any], weight: NDArray[np.float64], residual: bool
     ) -> None:
         """Keep what `backward` needs."""
-        if np.may_share_memory(trained.y, x):
+        if is_same(trained.y, x):
             self._saved = "its input was overwritten by out=x"
             return
         relu = self.activation == "relu"
@@ -276,7 +281,12 @@ class _BatchNorm:
         return self.train(False)
 
     def reset_running_stats(self) -> None:
-        """Set the running mean to 0, the running variance to 1 and the counter to 0."""
+        """Set the running mean to 0, the running variance to 1 and the counter to 0.
+
+        Nothing happens while ``track_running_stats`` is false.
+        """
+        if not self.track_running_stats:
+            return
         for row in (2, 3):
             self._table[row] = _NEUTRAL[row]
         if self.num_batches_tracked is not None:
@@ -406,9 +416,10 @@ def _accumulated(
 
 def _as_counter(value: NDArray[Any], key: str) -> int:
     """Return a counter as an int, or raise ValueError."""
-    if value.size != 1 or value.dtype.kind not in "iuf" or not value.item() >= 0:
+    number = value.item() if value.size == 1 and value.dtype.kind in "iuf" else -1
+    if not (number >= 0 and number < math.inf and number == int(number)):
         raise ValueError(f"{key} should be one non-negative integer, got {value!r}")
-    return int(value.item())
+    return int(number)
 
 
 class BatchNorm1d(_BatchNorm):

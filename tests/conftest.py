@@ -5,6 +5,8 @@ Header
     seed of all random inputs, which ``--seed N`` sets.
 ``--require-backend NAME``
     Repeatable, or a comma list: the run fails at once if one of them cannot run here.
+``--slow``
+    Also runs the tests marked ``slow``.
 Closing lines
     For each backend how many tests of the conformance suite really ran on it.
 """
@@ -22,7 +24,7 @@ from bnfast.testing import seeding
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the two options."""
+    """Add the options."""
     group = parser.getgroup("bnfast")
     group.addoption(
         "--seed", type=int, metavar="N", help="seed of the random inputs; default: a fresh one"
@@ -34,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME[,NAME...]",
         help="fail if this backend cannot run here; repeatable",
     )
+    group.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,6 +56,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         if not backends[name].available:
             reason = backends[name].reason
             pytest.exit(f"required backend {name} cannot run here: {reason}", returncode=1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked ``slow`` unless it was asked for."""
+    if not config.option.slow:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
 
 
 def pytest_report_header(config: pytest.Config) -> Iterator[str]:

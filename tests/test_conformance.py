@@ -41,9 +41,7 @@ class TestNumba(KernelConformance):
     np.finfo(np.longdouble).nmant <= 52, reason="long double is float64 here: Decimal is in use"
 )
 @pytest.mark.parametrize("shape", [(3, 4, 17), (51, 4)])
-def test_definition_is_the_same_in_decimal_as_in_long_double(
-    shape, rng, monkeypatch
-) -> None:
+def test_definition_is_the_same_in_decimal_as_in_long_double(shape, rng, monkeypatch) -> None:
     inputs = draw(rng, shape, np.float64)
     assert inputs.residual is not None
 

@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _FORMS: dict[int, ModuleType] = {3: rows, 2: columns}
+_FLOAT64 = np.dtype(np.float64)
 _serial_only = False
 
 
@@ -70,7 +71,9 @@ def moments(x: Floats, *, mean: Channels, m2: Channels, num_threads: int) -> Non
     if x.size == 0:
         mean[:] = m2[:] = 0.0
         return
-    _run("moments", x, num_threads, x, mean, m2)
+    unused = _unused(x.ndim, x.dtype)
+    given = (mean, mean, mean, mean, 0.0, x)
+    _run("forward", num_threads, x, *given, unused, mean, m2, True, False, False, False)
 
 
 def normalize(
@@ -89,11 +92,10 @@ def normalize(
     """See `bnfast.spec.Kernels.normalize`."""
     if x.size == 0:
         return
+    unused = _unused(1, _FLOAT64)
     add = residual is not None
-    other = residual if add else x
-    _run(
-        "normalize", x, num_threads, x, mean, var, weight, bias, eps, other, y, add, relu
-    )
+    given = (weight, bias, mean, var, eps, residual if add else x)
+    _run("forward", num_threads, x, *given, y, unused, unused, False, True, add, relu)
 
 
 def train(
@@ -114,8 +116,8 @@ def train(
         mean[:] = m2[:] = 0.0
         return
     add = residual is not None
-    other = residual if add else x
-    _run("train", x, num_threads, x, weight, bias, eps, other, y, mean, m2, add, relu)
+    given = (weight, bias, weight, weight, eps, residual if add else x)
+    _run("forward", num_threads, x, *given, y, mean, m2, True, True, add, relu)
 
 
 def backward_sums(
@@ -134,10 +136,10 @@ def backward_sums(
     if x.size == 0:
         sum_dy[:] = sum_dy_xhat[:] = 0.0
         return
-    gate = x if y is None else y
-    _run(
-        "backward_sums", x, num_threads, dy, x, gate, mean, invstd, sum_dy, sum_dy_xhat, relu
-    )
+    unused = _unused(x.ndim, x.dtype)
+    given = (dy, x if y is None else y, mean, invstd, mean, mean, mean, 1)
+    made = (unused, unused, sum_dy, sum_dy_xhat)
+    _run("backward", num_threads, x, *given, *made, True, False, relu, False)
 
 
 def backward_input(
@@ -159,11 +161,11 @@ def backward_input(
     """See `bnfast.spec.Kernels.backward_input`."""
     if x.size == 0:
         return
-    gate = x if y is None else y
+    unused = _unused(1, _FLOAT64)
     both = dresidual is not None
-    other = dresidual if both else dx
-    given = (mean, invstd, weight, sum_dy, sum_dy_xhat, count)
-    _run("backward_input", x, num_threads, dy, x, gate, *given, dx, other, relu, both)
+    given = (dy, x if y is None else y, mean, invstd, weight, sum_dy, sum_dy_xhat, count)
+    made = (dx, dresidual if both else dx, unused, unused)
+    _run("backward", num_threads, x, *given, *made, False, True, relu, both)
 
 
 def backward(
@@ -185,38 +187,40 @@ def backward(
     if x.size == 0:
         sum_dy[:] = sum_dy_xhat[:] = 0.0
         return
-    gate = x if y is None else y
     both = dresidual is not None
-    other = dresidual if both else dx
-    given = (mean, invstd, weight)
-    made = (dx, other, sum_dy, sum_dy_xhat)
-    _run("backward", x, num_threads, dy, x, gate, *given, *made, relu, both)
+    count = x.size // x.shape[1]
+    given = (dy, x if y is None else y, mean, invstd, weight, mean, mean, count)
+    made = (dx, dresidual if both else dx, sum_dy, sum_dy_xhat)
+    _run("backward", num_threads, x, *given, *made, True, True, relu, both)
 
 
-def _run(name: str, x: Floats, num_threads: int, *arguments: Any) -> None:
+def _run(name: str, num_threads: int, x: Floats, *arguments: Any) -> None:
     """Call the build of a kernel that fits ``x`` and the number of threads."""
     threads = min(num_threads, numba.config.NUMBA_NUM_THREADS)
     if threads == 1 or _serial_only:
-        _kernel(name, x.ndim, x.dtype, False)(*arguments, 1)
+        _kernel(name, x.ndim, x.dtype, False)(x, *arguments, 1)
         return
     kernel = _kernel(name, x.ndim, x.dtype, True)
-    swap = _swap_num_threads()
-    before = swap(threads)
+    before = numba.get_num_threads()
+    if before == threads:
+        kernel(x, *arguments, threads)
+        return
+    numba.set_num_threads(threads)
     try:
-        kernel(*arguments, threads)
+        kernel(x, *arguments, threads)
     finally:
-        if before != threads:
-            swap(before)
+        numba.set_num_threads(before)
+
+
+@functools.cache
+def _unused(ndim: int, dtype: np.dtype[Any]) -> Floats:
+    """Return what stands in for an array that a kernel is not asked to write."""
+    return np.empty((0,) * ndim, dtype)
 
 
 @functools.cache
 def _kernel(name: str, ndim: int, dtype: np.dtype[Any], parallel: bool) -> compiling.Kernel:
     return compiling.build(getattr(_FORMS[ndim], name), ndim, dtype, parallel=parallel)
-
-
-@functools.cache
-def _swap_num_threads() -> compiling.Kernel:
-    return compiling.build(compiling.swap_num_threads, 0, np.dtype(float), parallel=False)
 
 
 def _after_fork_in_child() -> None:

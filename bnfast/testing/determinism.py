@@ -63,7 +63,9 @@ class DeterminismTests:
         inputs = draw(rng, shape, dtype)
         apart = run(operation, inputs, relu=relu)
         assert_same_outputs(
-            f"{operation} in place of {alias}", run(operation, inputs, relu=relu, alias=alias), apart
+            f"{operation} in place of {alias}",
+            run(operation, inputs, relu=relu, alias=alias),
+            apart,
         )
         if alias == "x":
             alone: Inputs = inputs.replace(residual=None)

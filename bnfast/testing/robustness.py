@@ -199,9 +199,7 @@ class RobustnessTests(ForwardTests, BackwardTests):
 
 def _by_channel(outputs: Outputs) -> Outputs:
     """Return outputs with the channels in front."""
-    return {
-        name: values if values.ndim == 1 else rows(values) for name, values in outputs.items()
-    }
+    return {name: values if values.ndim == 1 else rows(values) for name, values in outputs.items()}
 
 
 def _one_plane(inputs: Inputs) -> Outputs:

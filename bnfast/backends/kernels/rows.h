@@ -7,7 +7,9 @@
 
    Sums run in 16 lanes over the whole of each run's full steps; what is left at a run's end goes
    to 16 lanes of its own, so that the main lanes stay in registers (a lane that is indexed by a
-   variable would drag all of them to memory). Needs REAL, FN, BN_IS_DOUBLE. */
+   variable would drag all of them to memory). BN_SIMD stands at the inner loops: without it gcc 12
+   unrolls them first and then finds no vectors (a float32 pass for the squares took 0.31 ns an
+   element with AVX2, and 0.09 with it). Needs REAL, FN, BN_IS_DOUBLE. */
 
 static void FN(row_moments)(const char *x_bytes, bn_index runs, bn_index length, bn_index stride,
                             double *mean, double *m2)
@@ -19,7 +21,7 @@ static void FN(row_moments)(const char *x_bytes, bn_index runs, bn_index length,
     for (bn_index run = 0; run < runs; run++) {
         const REAL *p = x + run * stride;
         for (bn_index i = 0; i < full; i += BN_LANES)
-            for (int k = 0; k < BN_LANES; k++)
+            BN_SIMD for (int k = 0; k < BN_LANES; k++)
                 lane[k] += p[i + k];
         for (bn_index i = full; i < length; i++)
             tail[i - full] += p[i];
@@ -30,7 +32,7 @@ static void FN(row_moments)(const char *x_bytes, bn_index runs, bn_index length,
     for (bn_index run = 0; run < runs; run++) {
         const REAL *p = x + run * stride;
         for (bn_index i = 0; i < full; i += BN_LANES)
-            for (int k = 0; k < BN_LANES; k++) {
+            BN_SIMD for (int k = 0; k < BN_LANES; k++) {
                 const double d = p[i + k] - first;
                 off[k] += d;
                 square[k] += d * d;
@@ -114,10 +116,12 @@ static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, c
     }
 }
 
-/* The gradient behind the ReLU. Without one y is NULL, a constant of the loop it stands in. */
+/* The gradient behind the ReLU. Without one y is NULL, a constant of the loop it stands in. dy is
+   read in any case: a load that hangs on y would keep the loop from being vectorised. */
 static inline REAL FN(masked)(const REAL *dy, const REAL *y, bn_index i)
 {
-    return !y || y[i] > 0 ? dy[i] : 0;
+    const REAL g = dy[i];
+    return !y || y[i] > 0 ? g : 0;
 }
 
 static inline void FN(sums)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
@@ -130,7 +134,7 @@ static inline void FN(sums)(const REAL *dy, const REAL *x, const REAL *y, bn_ind
     for (bn_index run = 0; run < runs; run++) {
         const bn_index at = run * stride;
         for (bn_index i = at; i < at + full; i += BN_LANES)
-            for (int k = 0; k < BN_LANES; k++) {
+            BN_SIMD for (int k = 0; k < BN_LANES; k++) {
                 const double g = FN(masked)(dy, y, i + k);
                 g_lane[k] += g;
                 gx_lane[k] += g * (x[i + k] - mean);

@@ -74,56 +74,51 @@ def moderate(factor):
 
 
 @step
-def fill_forward(table, wide, mean, var, weight, bias, eps, first, stop):
-    """Fill columns ``first`` to ``stop`` of the tables: how each channel is normalised.
+def fill_forward(table, wide, c, mean, var, weight, bias, eps):
+    """Fill column c of the tables: how a channel is normalised.
 
     ``table`` gets head, scale, shift and safe, in the dtype of x; ``wide`` mean, scale and bias.
     Where head is the mean rounded to that dtype,
     (x - mean) scale + bias = (x - head) scale + (bias - (mean - head) scale).
     """
-    for c in range(first, stop):
-        scale = weight[c] / np.sqrt(var[c] + eps)
-        head = cast(mean[c], table)
-        table[0, c] = head
-        table[1, c] = scale
-        table[2, c] = bias[c] - (mean[c] - head) * scale
-        table[3, c] = table.itemsize == 8 or (
-            moderate(scale) and abs(mean[c]) <= LARGEST and abs(bias[c]) <= LARGEST
-        )
-        wide[0, c] = mean[c]
-        wide[1, c] = scale
-        wide[2, c] = bias[c]
+    scale = weight[c] / np.sqrt(var + eps)
+    head = cast(mean, table)
+    table[0, c] = head
+    table[1, c] = scale
+    table[2, c] = bias[c] - (mean - head) * scale
+    table[3, c] = table.itemsize == 8 or (
+        moderate(scale) and abs(mean) <= LARGEST and abs(bias[c]) <= LARGEST
+    )
+    wide[0, c] = mean
+    wide[1, c] = scale
+    wide[2, c] = bias[c]
 
 
 @step
-def fill_backward(
-    table, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, count, first, stop
-):
-    """Fill columns ``first`` to ``stop`` of the tables: how each channel's gradient is made.
+def fill_backward(table, wide, c, mean, invstd, weight, means):
+    """Fill column c of the tables: how the gradient of a channel is made.
 
     ``table`` gets head, slope, offset, factor and safe; ``wide`` mean and the next three:
-    dx = factor g + ((x - mean) slope + offset), with
-    factor = weight invstd, slope = -factor invstd sum_dy_xhat / count, offset = -factor sum_dy / count.
+    dx = factor g + ((x - mean) slope + offset). ``means`` are the two sums divided by the count.
     """
-    for c in range(first, stop):
-        factor = weight[c] * invstd[c]
-        slope = -factor * (invstd[c] * (sum_dy_xhat[c] / count))
-        offset = -factor * (sum_dy[c] / count)
-        head = cast(mean[c], table)
-        table[0, c] = head
-        table[1, c] = slope
-        table[2, c] = offset - (mean[c] - head) * slope
-        table[3, c] = factor
-        table[4, c] = table.itemsize == 8 or (
-            moderate(slope)
-            and moderate(factor)
-            and abs(mean[c]) <= LARGEST
-            and abs(offset) <= LARGEST
-        )
-        wide[0, c] = mean[c]
-        wide[1, c] = slope
-        wide[2, c] = offset
-        wide[3, c] = factor
+    factor = weight[c] * invstd[c]
+    slope = -factor * (invstd[c] * means[1])
+    offset = -factor * means[0]
+    head = cast(mean[c], table)
+    table[0, c] = head
+    table[1, c] = slope
+    table[2, c] = offset - (mean[c] - head) * slope
+    table[3, c] = factor
+    table[4, c] = table.itemsize == 8 or (
+        moderate(slope)
+        and moderate(factor)
+        and abs(mean[c]) <= LARGEST
+        and abs(offset) <= LARGEST
+    )
+    wide[0, c] = mean[c]
+    wide[1, c] = slope
+    wide[2, c] = offset
+    wide[3, c] = factor
 
 
 @inline

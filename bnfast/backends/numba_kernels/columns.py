@@ -1,0 +1,536 @@
+"""Kernels for channels-last arrays (M, C): a channel is a column.
+
+Rows are read whole, sixteen columns at a time, in the order of memory. Few channels would leave
+lanes empty, so rows are laid side by side until their elements fill them: C = 3 becomes rows of 48,
+in which columns c, c + 3, c + 6, ... are the same channel. What is left over when the rows run out
+is handled element by element::
+
+    M = 37, C = 3       two wide rows [ 48 ][ 48 ] and a rest of 15 elements
+
+Sums are taken over blocks of a few hundred rows by at most `TILE` columns: small enough to be read
+a second time from the L2 cache. A part is a run of such blocks, merged as they come; the parts, at
+most `PARTS`, are what threads share. The last step merges the columns of a channel.
+
+A row whose width is no multiple of sixteen ends in a group that fills its last lanes only.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from bnfast.backends.numba_kernels.arithmetic import (
+    accumulate,
+    fill_backward,
+    fill_forward,
+    gradient,
+    merge,
+    output,
+    settle,
+    share,
+)
+from bnfast.backends.numba_kernels.compiling import (
+    Read,
+    ReadVector,
+    Write,
+    WriteVector,
+    inline,
+    step,
+)
+from bnfast.backends.numba_kernels.lanes import (
+    LANES,
+    cast,
+    get,
+    load,
+    load_last,
+    muladd,
+    put,
+    rectify,
+    store,
+    where_nonzero,
+    where_positive,
+    zeros,
+)
+
+TILE = 512
+"""Columns of a block, at most."""
+
+BLOCK = 32768
+"""Elements of a block: 128 KiB of float32, 256 KiB of float64."""
+
+ROWS = 256
+"""Rows of a block, at most: additions per column without a correction of their rounding."""
+
+PARTS = 64
+"""Parts times tiles, at most: more threads than that would have nothing to do."""
+
+STRIP = 8
+"""Rows that are added up before a sum is put back: saves loads and stores of the sums."""
+
+
+@inline
+def wide_rows(x):
+    """Return the width and the number of wide rows."""
+    rows, channels = x.shape
+    width = channels
+    while width < 2 * LANES * LANES and width % LANES:
+        width += channels
+    if width % LANES or channels >= 2 * LANES:
+        width = channels
+    return width, rows * channels // width
+
+
+@inline
+def parts_of(x):
+    """Return rows per block, number of parts, of tiles, and the width rounded up to whole groups."""
+    width, rows = wide_rows(x)
+    tiles = -(-width // TILE)
+    block = min(ROWS, BLOCK // min(width, TILE))
+    parts = min(-(-rows // block), max(1, PARTS // tiles))
+    return block, parts, tiles, -(-width // LANES) * LANES
+
+
+@inline
+def rows_of_part(x, part):
+    """Return the first row of a part, and the first after it."""
+    rows = wide_rows(x)[1]
+    block, parts, _, _ = parts_of(x)
+    blocks = -(-rows // block)
+    return share(blocks, part, parts) * block, min(share(blocks, part + 1, parts) * block, rows)
+
+
+@inline
+def group(x, row, at, width):
+    """Return the elements of a wide row from column ``at``."""
+    start = row * width + at
+    if at + LANES <= width:
+        return load(x, start)
+    return load_last(x, start + width - at, width - at)
+
+
+@inline
+def column_at(c, width, padded):
+    """Return where column ``c`` is among whole groups."""
+    return c if c < width // LANES * LANES else c + padded - width
+
+
+@step
+def measure_block(x, first, stop, left, right, width, scratch):
+    """Put the sums of columns, then those of deviations and of their squares, in ``scratch``."""
+    room = scratch.shape[1]
+    count = float(stop - first)
+    for at in range(0, right - left, LANES):
+        for quantity in range(3):
+            store(scratch, quantity * room + at, zeros())
+    for strip in range(first, stop, STRIP):
+        for at in range(left, right, LANES):
+            sums = load(scratch, at - left)
+            for row in range(strip, min(strip + STRIP, stop)):
+                sums = sums + cast(group(x, row, at, width), sums)
+            store(scratch, at - left, sums)
+    for at in range(0, right - left, LANES):
+        store(scratch, at, load(scratch, at) / count)
+    for strip in range(first, stop, STRIP):
+        for at in range(left, right, LANES):
+            mean = load(scratch, at - left)
+            deviations = load(scratch, room + at - left)
+            squares = load(scratch, 2 * room + at - left)
+            for row in range(strip, min(strip + STRIP, stop)):
+                d = cast(group(x, row, at, width), mean) - mean
+                deviations = deviations + d
+                squares = muladd(d, d, squares)
+            store(scratch, room + at - left, deviations)
+            store(scratch, 2 * room + at - left, squares)
+
+
+@inline
+def merge_group(state, base, room, at, count, other_count, mean, low, m2):
+    """Merge sixteen columns into rows mean, low, m2, m2_low and plain of ``state``."""
+    plain = mean * other_count
+    if count == 0.0:
+        m2_low = zeros()
+    else:
+        plain = plain + load(state, base + 4 * room + at)
+        mean, low, m2, m2_low = merge(
+            count,
+            load(state, base + at),
+            load(state, base + room + at),
+            load(state, base + 2 * room + at),
+            load(state, base + 3 * room + at),
+            other_count,
+            mean,
+            low,
+            m2,
+        )
+    store(state, base + at, mean)
+    store(state, base + room + at, low)
+    store(state, base + 2 * room + at, m2)
+    store(state, base + 3 * room + at, m2_low)
+    store(state, base + 4 * room + at, plain)
+
+
+@step
+def measure_part(x, part, tile, state):
+    """Put mean, low, m2, m2_low and plain of the columns of a tile into ``state[part]``."""
+    width, _ = wide_rows(x)
+    block, _, _, padded = parts_of(x)
+    left, right = tile * TILE, min((tile + 1) * TILE, padded)
+    begin, end = rows_of_part(x, part)
+    scratch = np.empty((3, right - left))
+    room = right - left
+    for first in range(begin, end, block):
+        stop = min(first + block, end)
+        measure_block(x, first, stop, left, right, width, scratch)
+        count = float(stop - first)
+        for at in range(0, room, LANES):
+            deviation = load(scratch, room + at)
+            low = deviation / count
+            m2 = rectify(load(scratch, 2 * room + at) - deviation * low)
+            merge_group(
+                state,
+                part * 5 * padded,
+                padded,
+                left + at,
+                float(first - begin),
+                count,
+                load(scratch, at),
+                low,
+                m2,
+            )
+
+
+@step
+def merge_parts(x, state):
+    """Merge all parts into the first."""
+    padded = state.shape[2]
+    rows = 0
+    for part in range(state.shape[0]):
+        begin, end = rows_of_part(x, part)
+        for at in range(0, padded if part else 0, LANES):
+            base = part * 5 * padded + at
+            m2 = load(state, base + 2 * padded) + load(state, base + 3 * padded)
+            plain = load(state, 4 * padded + at) + load(state, base + 4 * padded)
+            merge_group(
+                state,
+                0,
+                padded,
+                at,
+                float(rows),
+                float(end - begin),
+                load(state, base),
+                load(state, base + padded),
+                m2,
+            )
+            store(state, 4 * padded + at, plain)
+        rows += end - begin
+
+
+@step
+def merge_channel(x, state, channel):
+    """Return mean and m2 of a channel from those of its columns and the rest of the elements."""
+    channels = x.shape[1]
+    width, rows = wide_rows(x)
+    padded = state.shape[2]
+    count, mean, low, m2, m2_low, plain = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for c in range(channel, width if rows else 0, channels):
+        at = column_at(c, width, padded)
+        other_mean, other_low = state[0, 0, at], state[0, 1, at]
+        other_m2 = settle(state[0, 2, at], state[0, 3, at])
+        if count == 0.0:
+            mean, low, m2 = other_mean, other_low, other_m2
+        else:
+            mean, low, m2, m2_low = merge(
+                count, mean, low, m2, m2_low, float(rows), other_mean, other_low, other_m2
+            )
+        count += rows
+        plain += state[0, 4, at]
+    for i in range(rows * width + channel, x.size, channels):
+        value = cast(get(x, i), 0.0)
+        if count == 0.0:
+            mean = value
+        else:
+            mean, low, m2, m2_low = merge(count, mean, low, m2, m2_low, 1.0, value, 0.0, 0.0)
+        count += 1.0
+        plain += value
+    # Deviations from an infinite mean are NaN; the mean itself is not.
+    return mean + low if np.isfinite(mean + low) else plain / count, settle(m2, m2_low)
+
+
+@inline
+def output_at(x, residual, i, table, wide, exact, at, add, relu):
+    """Return sixteen elements of y from ``i``, by the numbers from column ``at`` of the tables."""
+    width = table.shape[1]
+    values, other = load(x, i), load(residual, i)
+    head, scale = load(table, at), load(table, width + at)
+    if not exact:
+        return output(values, other, head, scale, load(table, 2 * width + at), add, relu)
+    nearly = output(values, other, head, scale, load(table, 2 * width + at), add, relu)
+    center, scale64 = load(wide, at), load(wide, width + at)
+    precisely = output(values, other, center, scale64, load(wide, 2 * width + at), add, relu)
+    return where_nonzero(load(table, 3 * width + at), nearly, precisely)
+
+
+@step
+def normalize_rows(x, residual, y, table, wide, exact, add, relu, thread, threads):
+    """Transform a thread's share of the rows, last rows first: they may still be in the cache."""
+    width, rows = wide_rows(x)
+    rest = width % LANES
+    begin, end = share(rows, thread, threads), share(rows, thread + 1, threads)
+    chunk = max(1, BLOCK // width)
+    for upper in range(end, begin, -chunk):
+        for row in range(max(begin, upper - chunk), upper):
+            start = row * width
+            # The last sixteen may overlap those before them. They are computed before anything
+            # is written, since y may be x.
+            final = output_at(
+                x, residual, start + width - LANES, table, wide, exact, width - LANES, add, relu
+            )
+            for at in range(0, width - rest, LANES):
+                result = output_at(x, residual, start + at, table, wide, exact, at, add, relu)
+                store(y, start + at, result)
+            if rest:
+                store(y, start + width - LANES, final)
+    if thread == threads - 1:
+        for i in range(rows * width, x.size):
+            at = (i - rows * width) % x.shape[1]
+            value, other = get(x, i), get(residual, i)
+            if table[3, at] != 0:
+                head, scale, shift = table[0, at], table[1, at], table[2, at]
+                put(y, i, output(value, other, head, scale, shift, add, relu))
+            else:
+                center, scale64, bias = wide[0, at], wide[1, at], wide[2, at]
+                put(y, i, output(value, other, center, scale64, bias, add, relu))
+
+
+@inline
+def repeat_columns(table, wide, channels):
+    """Copy the columns of the channels across the tables; return whether any is not safe."""
+    last = table.shape[0] - 1
+    exact = False
+    for at in range(table.shape[1]):
+        c = at % channels
+        exact |= table[last, c] == 0
+        for i in range(table.shape[0]):
+            table[i, at] = table[i, c]
+        for i in range(wide.shape[0]):
+            wide[i, at] = wide[i, c]
+    return exact
+
+
+def forward(
+    x: Read,
+    weight: ReadVector,
+    bias: ReadVector,
+    given_mean: ReadVector,
+    given_var: ReadVector,
+    eps: float,
+    residual: Read,
+    y: Write,
+    mean: WriteVector,
+    m2: WriteVector,
+    measure: bool,
+    transform: bool,
+    add: bool,
+    relu: bool,
+    threads: int,
+) -> None:
+    """If ``measure``, compute mean and m2; if ``transform``, y, by them or by what is given."""
+    rows, channels = x.shape
+    if measure:
+        _, parts, tiles, padded = parts_of(x)
+        state = np.empty((parts, 5, padded))
+        units = parts * tiles
+        for thread in prange(threads):
+            for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
+                measure_part(x, unit // tiles, unit % tiles, state)
+        merge_parts(x, state)
+        for c in range(channels):
+            mean[c], m2[c] = merge_channel(x, state, c)
+    if transform:
+        width, _ = wide_rows(x)
+        table = np.empty((4, width), x.dtype)
+        wide = np.empty((3, width))
+        for c in range(channels):
+            center = mean[c] if measure else given_mean[c]
+            var = m2[c] / rows if measure else given_var[c]
+            fill_forward(table, wide, c, center, var, weight, bias, eps)
+        exact = repeat_columns(table, wide, channels)
+        for thread in prange(threads):
+            normalize_rows(x, residual, y, table, wide, exact, add, relu, thread, threads)
+
+
+@inline
+def masked(dy, y, row, at, width, relu):
+    """Return g of a wide row from column ``at``."""
+    g = group(dy, row, at, width)
+    return where_positive(group(y, row, at, width), g) if relu else g
+
+
+@step
+def sum_part(dy, x, y, part, tile, center, relu, state):
+    """Put the sums of g, of g * (x - mean), and their rounding errors into ``state[part]``."""
+    width, _ = wide_rows(x)
+    block, _, _, padded = parts_of(x)
+    left, right = tile * TILE, min((tile + 1) * TILE, padded)
+    begin, end = rows_of_part(x, part)
+    room = right - left
+    scratch = np.empty((2, room))
+    state[part, :, left:right] = 0.0
+    for first in range(begin, end, block):
+        stop = min(first + block, end)
+        scratch[:] = 0.0
+        for strip in range(first, stop, STRIP):
+            for at in range(left, right, LANES):
+                sums = load(scratch, at - left)
+                products = load(scratch, room + at - left)
+                mean = load(center, at)
+                for row in range(strip, min(strip + STRIP, stop)):
+                    g = cast(masked(dy, y, row, at, width, relu), sums)
+                    sums = sums + g
+                    d = cast(group(x, row, at, width), sums) - mean
+                    products = muladd(g, d, products)
+                store(scratch, at - left, sums)
+                store(scratch, room + at - left, products)
+        for at in range(0, room, LANES):
+            for quantity in range(2):
+                into = (part * 4 + quantity) * padded + left + at
+                value, low = accumulate(
+                    load(state, into),
+                    load(state, into + 2 * padded),
+                    load(scratch, quantity * room + at),
+                )
+                store(state, into, value)
+                store(state, into + 2 * padded, low)
+
+
+@step
+def add_channel(dy, x, y, state, channel, center, relu):
+    """Return the two sums of a channel from those of its columns and the rest of the elements."""
+    channels = x.shape[1]
+    width, rows = wide_rows(x)
+    parts, _, padded = state.shape
+    first, first_low, second, second_low = 0.0, 0.0, 0.0, 0.0
+    for c in range(channel, width, channels):
+        at = column_at(c, width, padded)
+        for part in range(parts):
+            first, first_low = accumulate(first, first_low, state[part, 0, at])
+            second, second_low = accumulate(second, second_low, state[part, 1, at])
+            first_low += state[part, 2, at]
+            second_low += state[part, 3, at]
+    for i in range(rows * width + channel, x.size, channels):
+        g = get(dy, i)
+        if relu:
+            g = where_positive(get(y, i), g)
+        first, first_low = accumulate(first, first_low, cast(g, 0.0))
+        product = g * (get(x, i) - center)
+        second, second_low = accumulate(second, second_low, product)
+    return settle(first, first_low), settle(second, second_low)
+
+
+@inline
+def gradient_at(g, x, i, table, wide, exact, at):
+    """Return sixteen elements of dx from ``i``, by the numbers from column ``at`` of the tables."""
+    width = table.shape[1]
+    values = load(x, i)
+    head, slope = load(table, at), load(table, width + at)
+    offset, factor = load(table, 2 * width + at), load(table, 3 * width + at)
+    nearly = gradient(g, values, head, slope, offset, factor)
+    if not exact:
+        return nearly
+    center, slope64 = load(wide, at), load(wide, width + at)
+    offset64, factor64 = load(wide, 2 * width + at), load(wide, 3 * width + at)
+    precisely = gradient(g, values, center, slope64, offset64, factor64)
+    return where_nonzero(load(table, 4 * width + at), nearly, precisely)
+
+
+@step
+def gradient_rows(dy, x, y, dx, dresidual, table, wide, exact, relu, both, thread, threads):
+    """Transform a thread's share of the gradients, last rows first."""
+    width, rows = wide_rows(x)
+    rest = width % LANES
+    begin, end = share(rows, thread, threads), share(rows, thread + 1, threads)
+    chunk = max(1, BLOCK // width)
+    for upper in range(end, begin, -chunk):
+        for row in range(max(begin, upper - chunk), upper):
+            start = row * width
+            last = start + width - LANES
+            final_g = masked(dy, y, row, width - LANES, width, relu)
+            final = gradient_at(final_g, x, last, table, wide, exact, width - LANES)
+            for at in range(0, width - rest, LANES):
+                g = masked(dy, y, row, at, width, relu)
+                store(dx, start + at, gradient_at(g, x, start + at, table, wide, exact, at))
+                if both:
+                    store(dresidual, start + at, g)
+            if rest:
+                store(dx, last, final)
+                if both:
+                    store(dresidual, last, final_g)
+    if thread == threads - 1:
+        for i in range(rows * width, x.size):
+            at = (i - rows * width) % x.shape[1]
+            g = get(dy, i)
+            if relu:
+                g = where_positive(get(y, i), g)
+            if table[4, at] != 0:
+                head, slope, offset, factor = table[0, at], table[1, at], table[2, at], table[3, at]
+                put(dx, i, gradient(g, get(x, i), head, slope, offset, factor))
+            else:
+                center, slope64, offset64 = wide[0, at], wide[1, at], wide[2, at]
+                put(dx, i, gradient(g, get(x, i), center, slope64, offset64, wide[3, at]))
+            if both:
+                put(dresidual, i, g)
+
+
+def backward(
+    x: Read,
+    dy: Read,
+    y: Read,
+    mean: ReadVector,
+    invstd: ReadVector,
+    weight: ReadVector,
+    given_dy: ReadVector,
+    given_dy_xhat: ReadVector,
+    count: int,
+    dx: Write,
+    dresidual: Write,
+    sum_dy: WriteVector,
+    sum_dy_xhat: WriteVector,
+    measure: bool,
+    transform: bool,
+    relu: bool,
+    both: bool,
+    threads: int,
+) -> None:
+    """If ``measure``, compute the sums; if ``transform``, dx, by them or by what is given.
+
+    dresidual is written if ``both``.
+    """
+    channels = x.shape[1]
+    width, _ = wide_rows(x)
+    if measure:
+        _, parts, tiles, padded = parts_of(x)
+        center = np.zeros(padded)
+        for c in range(width):
+            center[column_at(c, width, padded)] = mean[c % channels]
+        state = np.empty((parts, 4, padded))
+        units = parts * tiles
+        for thread in prange(threads):
+            for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
+                sum_part(dy, x, y, unit // tiles, unit % tiles, center, relu, state)
+        for c in range(channels):
+            first, second = add_channel(dy, x, y, state, c, mean[c], relu)
+            sum_dy[c], sum_dy_xhat[c] = first, second * invstd[c]
+    if transform:
+        table = np.empty((5, width), x.dtype)
+        wide = np.empty((4, width))
+        for c in range(channels):
+            first = sum_dy[c] if measure else given_dy[c]
+            second = sum_dy_xhat[c] if measure else given_dy_xhat[c]
+            fill_backward(table, wide, c, mean, invstd, weight, (first / count, second / count))
+        exact = repeat_columns(table, wide, channels)
+        for thread in prange(threads):
+            gradient_rows(
+                dy, x, y, dx, dresidual, table, wide, exact, relu, both, thread, threads
+            )

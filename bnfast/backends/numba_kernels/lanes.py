@@ -19,7 +19,7 @@ Arrays are addressed by flat index. Functions with ``_last`` in their name handl
     store_last(y, stop, v, count)    y[stop-count : stop] = the last lanes of v
     get(x, i), put(y, i, v)          one element
     cast(v, like)                    v in the dtype of ``like``, a number, lanes or an array
-    + - *                            lane by lane; a number stands for sixteen of it
+    + - * /                          lane by lane; a number stands for sixteen of it
     muladd(a, b, c)                  a * b + c: one rounding where the CPU has FMA, else two
     where_positive(t, v)             v where t > 0, else 0
     where_nonzero(t, v, w)           v where t != 0, else w
@@ -102,6 +102,7 @@ def _define_operator(function, instruction):
 _define_operator(operator.add, "fadd")
 _define_operator(operator.sub, "fsub")
 _define_operator(operator.mul, "fmul")
+_define_operator(operator.truediv, "fdiv")
 
 
 def _address(context, builder, kind, value, index):

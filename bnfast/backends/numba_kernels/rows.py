@@ -45,6 +45,7 @@ from bnfast.backends.numba_kernels.lanes import (
     load,
     load_last,
     muladd,
+    rectify,
     store,
     store_last,
     total,
@@ -58,7 +59,7 @@ BLOCK = 1024
 
 @inline
 def blocks_of(x):
-    """Return the runs and the length of a block, and how many blocks a channel has."""
+    """Return the runs and the length of a block, its pieces per run, and blocks per channel."""
     samples, _, size = x.shape
     if size < BLOCK:
         runs, length = BLOCK // size, size
@@ -85,8 +86,8 @@ def block_at(x, channel, block):
 
 
 @step
-def measure_block(x, channel, block, into):
-    """Put count, mean, its error and m2 of a block into four numbers."""
+def measure_block(x, channel, block, blocks):
+    """Put count, mean, its error and m2 of a block into its four numbers of ``blocks``."""
     start, runs, stride, length = block_at(x, channel, block)
     rest = length % LANES
     count = runs * length
@@ -111,43 +112,29 @@ def measure_block(x, channel, block, into):
             deviations = deviations + d
             squares = muladd(d, d, squares)
     deviation = total(deviations)
-    into[0] = count
-    into[1] = mean
-    into[2] = deviation / count
-    m2 = total(squares) - deviation * (deviation / count)
-    into[3] = 0.0 if m2 < 0.0 else m2
+    m2 = rectify(total(squares) - deviation * (deviation / count))
+    blocks[channel, block, 0] = count
+    blocks[channel, block, 1] = mean
+    blocks[channel, block, 2] = deviation / count
+    blocks[channel, block, 3] = m2
 
 
 @step
-def merge_blocks(blocks, channel, mean, m2):
-    """Merge the blocks of a channel in order."""
-    count, center, low, spread = blocks[0]
-    spread_low = 0.0
-    plain = count * center
-    for block in range(1, len(blocks)):
-        other_count, other_mean, other_low, other_m2 = blocks[block]
-        center, low, spread, spread_low = merge(
-            count, center, low, spread, spread_low, other_count, other_mean, other_low, other_m2
+def merge_blocks(blocks, channel):
+    """Return mean and m2 of a channel: its blocks merged in order."""
+    count = blocks[channel, 0, 0]
+    mean, low, m2, m2_low = blocks[channel, 0, 1], blocks[channel, 0, 2], blocks[channel, 0, 3], 0.0
+    plain = count * mean
+    for block in range(1, blocks.shape[1]):
+        other_count, other_mean = blocks[channel, block, 0], blocks[channel, block, 1]
+        other_low, other_m2 = blocks[channel, block, 2], blocks[channel, block, 3]
+        mean, low, m2, m2_low = merge(
+            count, mean, low, m2, m2_low, other_count, other_mean, other_low, other_m2
         )
         count += other_count
         plain += other_count * other_mean
     # Deviations from an infinite mean are NaN; the mean itself is not.
-    mean[channel] = center + low if np.isfinite(center + low) else plain / count
-    m2[channel] = settle(spread, spread_low)
-
-
-def moments(x: Read, mean: WriteVector, m2: WriteVector, threads: int) -> None:
-    """Compute the mean and m2 of every channel."""
-    channels = x.shape[1]
-    per_channel = blocks_of(x)[3]
-    units = channels * per_channel
-    blocks = np.empty((channels, per_channel, 4))
-    for thread in prange(threads):
-        for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-            channel, block = unit // per_channel, unit % per_channel
-            measure_block(x, channel, block, blocks[channel, block])
-    for channel in range(channels):
-        merge_blocks(blocks[channel], channel, mean, m2)
+    return mean + low if np.isfinite(mean + low) else plain / count, settle(m2, m2_low)
 
 
 @step
@@ -169,47 +156,35 @@ def normalize_run(x, residual, y, start, stop, head, scale, shift, add, relu):
 
 @step
 def normalize_piece(x, residual, y, start, stop, table, wide, c, add, relu):
-    """Transform the elements of channel ``c`` from ``start`` to ``stop`` by its row of the table."""
+    """Transform the elements of channel ``c`` from ``start`` to ``stop`` by the tables."""
     if table[3, c] != 0:
         head, scale, shift = table[0, c], table[1, c], table[2, c]
         normalize_run(x, residual, y, start, stop, head, scale, shift, add, relu)
     else:
-        center, scale, bias = wide[0, c], wide[1, c], wide[2, c]
-        normalize_run(x, residual, y, start, stop, center, scale, bias, add, relu)
+        center, scale64, bias64 = wide[0, c], wide[1, c], wide[2, c]
+        normalize_run(x, residual, y, start, stop, center, scale64, bias64, add, relu)
+
+
+@step
+def normalize_channel(x, residual, y, table, wide, c, add, relu):
+    """Transform all runs of a channel."""
+    samples, channels, size = x.shape
+    for n in range(samples):
+        start = (n * channels + c) * size
+        normalize_piece(x, residual, y, start, start + size, table, wide, c, add, relu)
 
 
 @step
 def normalize_pieces(x, residual, y, table, wide, add, relu, thread, threads):
     """Transform a thread's share of the array, in the order of memory."""
-    _, channels, size = x.shape
+    samples, channels, size = x.shape
     _, length, across, _ = blocks_of(x)
-    units = x.shape[0] * channels * across
+    units = samples * channels * across
     for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
         run, piece = unit // across, unit % across
         start = run * size + piece * length
         stop = run * size + min((piece + 1) * length, size)
         normalize_piece(x, residual, y, start, stop, table, wide, run % channels, add, relu)
-
-
-def normalize(
-    x: Read,
-    mean: ReadVector,
-    var: ReadVector,
-    weight: ReadVector,
-    bias: ReadVector,
-    eps: float,
-    residual: Read,
-    y: Write,
-    add: bool,
-    relu: bool,
-    threads: int,
-) -> None:
-    """Transform every channel by given statistics."""
-    table = np.empty((4, x.shape[1]), x.dtype)
-    wide = np.empty((3, x.shape[1]))
-    fill_forward(table, wide, mean, var, weight, bias, eps, 0, x.shape[1])
-    for thread in prange(threads):
-        normalize_pieces(x, residual, y, table, wide, add, relu, thread, threads)
 
 
 @inline
@@ -218,56 +193,58 @@ def enough_channels(channels, threads):
     return channels % threads == 0 or channels >= 8 * threads
 
 
-def train(
+def forward(
     x: Read,
     weight: ReadVector,
     bias: ReadVector,
+    given_mean: ReadVector,
+    given_var: ReadVector,
     eps: float,
     residual: Read,
     y: Write,
     mean: WriteVector,
     m2: WriteVector,
+    measure: bool,
+    transform: bool,
     add: bool,
     relu: bool,
     threads: int,
 ) -> None:
-    """Compute the moments of every channel and transform it by them."""
+    """If ``measure``, compute mean and m2; if ``transform``, y, by them or by what is given."""
     samples, channels, size = x.shape
-    count = samples * size
     per_channel = blocks_of(x)[3]
-    blocks = np.empty((channels, per_channel, 4))
-    var = np.empty(channels)
     table = np.empty((4, channels), x.dtype)
     wide = np.empty((3, channels))
-    whole = enough_channels(channels, threads)
-    units = channels if whole else channels * per_channel
-    for thread in prange(threads):
-        for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-            if whole:
-                for block in range(per_channel):
-                    measure_block(x, unit, block, blocks[unit, block])
-                merge_blocks(blocks[unit], unit, mean, m2)
-                var[unit] = m2[unit] / count
-                fill_forward(table, wide, mean, var, weight, bias, eps, unit, unit + 1)
-                for n in range(samples):
-                    at = (n * channels + unit) * size
-                    normalize_piece(x, residual, y, at, at + size, table, wide, unit, add, relu)
-            else:
-                channel, block = unit // per_channel, unit % per_channel
-                measure_block(x, channel, block, blocks[channel, block])
-    if whole:
-        return
-    for channel in range(channels):
-        merge_blocks(blocks[channel], channel, mean, m2)
-        var[channel] = m2[channel] / count
-    fill_forward(table, wide, mean, var, weight, bias, eps, 0, channels)
-    for thread in prange(threads):
-        normalize_pieces(x, residual, y, table, wide, add, relu, thread, threads)
+    whole = measure and transform and enough_channels(channels, threads)
+    if measure:
+        blocks = np.empty((channels, per_channel, 4))
+        units = channels if whole else channels * per_channel
+        for thread in prange(threads):
+            for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
+                if whole:
+                    for block in range(per_channel):
+                        measure_block(x, unit, block, blocks)
+                    mean[unit], m2[unit] = merge_blocks(blocks, unit)
+                    var = m2[unit] / (samples * size)
+                    fill_forward(table, wide, unit, mean[unit], var, weight, bias, eps)
+                    normalize_channel(x, residual, y, table, wide, unit, add, relu)
+                else:
+                    measure_block(x, unit // per_channel, unit % per_channel, blocks)
+        if not whole:
+            for c in range(channels):
+                mean[c], m2[c] = merge_blocks(blocks, c)
+    if transform and not whole:
+        for c in range(channels):
+            center = mean[c] if measure else given_mean[c]
+            var = m2[c] / (samples * size) if measure else given_var[c]
+            fill_forward(table, wide, c, center, var, weight, bias, eps)
+        for thread in prange(threads):
+            normalize_pieces(x, residual, y, table, wide, add, relu, thread, threads)
 
 
 @step
-def sum_block(dy, x, y, channel, block, center, relu, into):
-    """Put the sums of g and of g * (x - mean) over a block into two numbers."""
+def sum_block(dy, x, y, channel, block, center, relu, blocks):
+    """Put the sums of g and of g * (x - mean) over a block into its two numbers of ``blocks``."""
     start, runs, stride, length = block_at(x, channel, block)
     rest = length % LANES
     sums = zeros()
@@ -278,55 +255,29 @@ def sum_block(dy, x, y, channel, block, center, relu, into):
             g = load(dy, i)
             if relu:
                 g = where_positive(load(y, i), g)
-            g = cast(g, sums)
-            sums = sums + g
-            products = muladd(g, cast(load(x, i), sums) - center, products)
+            wide = cast(g, sums)
+            sums = sums + wide
+            products = muladd(wide, cast(load(x, i), sums) - center, products)
         if rest:
             g = load_last(dy, stop, rest)
             if relu:
                 g = where_positive(load_last(y, stop, rest), g)
-            g = cast(g, sums)
-            sums = sums + g
+            wide = cast(g, sums)
+            sums = sums + wide
             d = last_lanes(cast(load_last(x, stop, rest), sums) - center, rest)
-            products = muladd(g, d, products)
-    into[0] = total(sums)
-    into[1] = total(products)
+            products = muladd(wide, d, products)
+    blocks[channel, block, 0] = total(sums)
+    blocks[channel, block, 1] = total(products)
 
 
 @step
-def add_blocks(blocks, channel, invstd, sum_dy, sum_dy_xhat):
-    """Add up the blocks of a channel in order."""
+def add_blocks(blocks, channel):
+    """Return the two sums of a channel: its blocks added in order."""
     first, first_low, second, second_low = 0.0, 0.0, 0.0, 0.0
-    for block in range(len(blocks)):
-        first, first_low = accumulate(first, first_low, blocks[block, 0])
-        second, second_low = accumulate(second, second_low, blocks[block, 1])
-    sum_dy[channel] = settle(first, first_low)
-    sum_dy_xhat[channel] = settle(second, second_low) * invstd[channel]
-
-
-def backward_sums(
-    dy: Read,
-    x: Read,
-    y: Read,
-    mean: ReadVector,
-    invstd: ReadVector,
-    sum_dy: WriteVector,
-    sum_dy_xhat: WriteVector,
-    relu: bool,
-    threads: int,
-) -> None:
-    """Sum g and g * xhat over every channel."""
-    channels = x.shape[1]
-    per_channel = blocks_of(x)[3]
-    units = channels * per_channel
-    blocks = np.empty((channels, per_channel, 2))
-    for thread in prange(threads):
-        for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-            channel, block = unit // per_channel, unit % per_channel
-            into = blocks[channel, block]
-            sum_block(dy, x, y, channel, block, mean[channel], relu, into)
-    for channel in range(channels):
-        add_blocks(blocks[channel], channel, invstd, sum_dy, sum_dy_xhat)
+    for block in range(blocks.shape[1]):
+        first, first_low = accumulate(first, first_low, blocks[channel, block, 0])
+        second, second_low = accumulate(second, second_low, blocks[channel, block, 1])
+    return settle(first, first_low), settle(second, second_low)
 
 
 @step
@@ -362,12 +313,10 @@ def gradient_run(dy, x, y, dx, dresidual, start, stop, head, slope, offset, fact
 
 @step
 def gradient_piece(dy, x, y, dx, dresidual, start, stop, table, wide, c, relu, both):
-    """Transform the gradients of channel ``c`` from ``start`` to ``stop`` by the table."""
+    """Transform the gradients of channel ``c`` from ``start`` to ``stop`` by the tables."""
     if table[4, c] != 0:
         head, slope, offset, factor = table[0, c], table[1, c], table[2, c], table[3, c]
-        gradient_run(
-            dy, x, y, dx, dresidual, start, stop, head, slope, offset, factor, relu, both
-        )
+        gradient_run(dy, x, y, dx, dresidual, start, stop, head, slope, offset, factor, relu, both)
     else:
         center, slope64, offset64, factor64 = wide[0, c], wide[1, c], wide[2, c], wide[3, c]
         gradient_run(
@@ -376,93 +325,82 @@ def gradient_piece(dy, x, y, dx, dresidual, start, stop, table, wide, c, relu, b
 
 
 @step
+def gradient_channel(dy, x, y, dx, dresidual, table, wide, c, relu, both):
+    """Transform the gradients of all runs of a channel."""
+    samples, channels, size = x.shape
+    for n in range(samples):
+        at = (n * channels + c) * size
+        gradient_piece(dy, x, y, dx, dresidual, at, at + size, table, wide, c, relu, both)
+
+
+@step
 def gradient_pieces(dy, x, y, dx, dresidual, table, wide, relu, both, thread, threads):
     """Transform a thread's share of the gradients, in the order of memory."""
-    _, channels, size = x.shape
+    samples, channels, size = x.shape
     _, length, across, _ = blocks_of(x)
-    units = x.shape[0] * channels * across
+    units = samples * channels * across
     for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
         run, piece = unit // across, unit % across
         at = run * size + piece * length
         stop = run * size + min((piece + 1) * length, size)
-        gradient_piece(
-            dy, x, y, dx, dresidual, at, stop, table, wide, run % channels, relu, both
-        )
-
-
-def backward_input(
-    dy: Read,
-    x: Read,
-    y: Read,
-    mean: ReadVector,
-    invstd: ReadVector,
-    weight: ReadVector,
-    sum_dy: ReadVector,
-    sum_dy_xhat: ReadVector,
-    count: int,
-    dx: Write,
-    dresidual: Write,
-    relu: bool,
-    both: bool,
-    threads: int,
-) -> None:
-    """Compute dx, and g if ``both``, from given sums."""
-    channels = x.shape[1]
-    table = np.empty((5, channels), x.dtype)
-    wide = np.empty((4, channels))
-    fill_backward(table, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, count, 0, channels)
-    for thread in prange(threads):
-        gradient_pieces(dy, x, y, dx, dresidual, table, wide, relu, both, thread, threads)
+        gradient_piece(dy, x, y, dx, dresidual, at, stop, table, wide, run % channels, relu, both)
 
 
 def backward(
-    dy: Read,
     x: Read,
+    dy: Read,
     y: Read,
     mean: ReadVector,
     invstd: ReadVector,
     weight: ReadVector,
+    given_dy: ReadVector,
+    given_dy_xhat: ReadVector,
+    count: int,
     dx: Write,
     dresidual: Write,
     sum_dy: WriteVector,
     sum_dy_xhat: WriteVector,
+    measure: bool,
+    transform: bool,
     relu: bool,
     both: bool,
     threads: int,
 ) -> None:
-    """Compute the sums of every channel, and dx from them."""
-    samples, channels, size = x.shape
-    count = samples * size
+    """If ``measure``, compute the sums; if ``transform``, dx, by them or by what is given.
+
+    dresidual is written if ``both``.
+    """
+    channels = x.shape[1]
     per_channel = blocks_of(x)[3]
-    blocks = np.empty((channels, per_channel, 2))
     table = np.empty((5, channels), x.dtype)
     wide = np.empty((4, channels))
-    whole = enough_channels(channels, threads)
-    units = channels if whole else channels * per_channel
-    for thread in prange(threads):
-        for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-            if whole:
-                for block in range(per_channel):
-                    into = blocks[unit, block]
-                    sum_block(dy, x, y, unit, block, mean[unit], relu, into)
-                add_blocks(blocks[unit], unit, invstd, sum_dy, sum_dy_xhat)
-                fill_backward(
-                    table, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, count, unit, unit + 1
-                )
-                for n in range(samples):
-                    at = (n * channels + unit) * size
-                    stop = at + size
-                    gradient_piece(
-                        dy, x, y, dx, dresidual, at, stop, table, wide, unit, relu, both
-                    )
-            else:
-                channel, block = unit // per_channel, unit % per_channel
-                into = blocks[channel, block]
-                sum_block(dy, x, y, channel, block, mean[channel], relu, into)
-    if whole:
-        return
-    for channel in range(channels):
-        add_blocks(blocks[channel], channel, invstd, sum_dy, sum_dy_xhat)
-    fill_backward(table, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, count, 0, channels)
-    for thread in prange(threads):
-        gradient_pieces(dy, x, y, dx, dresidual, table, wide, relu, both, thread, threads)
+    whole = measure and transform and enough_channels(channels, threads)
+    if measure:
+        blocks = np.empty((channels, per_channel, 2))
+        units = channels if whole else channels * per_channel
+        for thread in prange(threads):
+            for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
+                if whole:
+                    for block in range(per_channel):
+                        sum_block(dy, x, y, unit, block, mean[unit], relu, blocks)
+                    first, second = add_blocks(blocks, unit)
+                    sum_dy[unit], sum_dy_xhat[unit] = first, second * invstd[unit]
+                    means = first / count, sum_dy_xhat[unit] / count
+                    fill_backward(table, wide, unit, mean, invstd, weight, means)
+                    gradient_channel(dy, x, y, dx, dresidual, table, wide, unit, relu, both)
+                else:
+                    channel, block = unit // per_channel, unit % per_channel
+                    sum_block(dy, x, y, channel, block, mean[channel], relu, blocks)
+        if not whole:
+            for c in range(channels):
+                first, second = add_blocks(blocks, c)
+                sum_dy[c], sum_dy_xhat[c] = first, second * invstd[c]
+    if transform and not whole:
+        for c in range(channels):
+            first = sum_dy[c] if measure else given_dy[c]
+            second = sum_dy_xhat[c] if measure else given_dy_xhat[c]
+            fill_backward(
+                table, wide, c, mean, invstd, weight, (first / count, second / count)
+            )
+        for thread in prange(threads):
+            gradient_pieces(dy, x, y, dx, dresidual, table, wide, relu, both, thread, threads)
