@@ -17,10 +17,15 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# -g0: debug information would be two thirds of the file. -fopenmp-simd: the loops carry
-# `omp simd` with or without OpenMP's threads. No -ffast-math, ever: linked into a shared object it
-# switches denormals off for the whole process.
-UNIX_FLAGS = ["-O3", "-g0", "-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno"]
+UNIX_FLAGS = [
+    "-O3",
+    "-g0",  # debug information would be two thirds of the file
+    "-fopenmp-simd",  # loops carry `omp simd`, with OpenMP's threads or without
+    "-ffp-contract=off",  # the kernels say where a multiply and an add are one operation
+    "-fno-trapping-math",  # floating-point exceptions are not looked at; a branch is a mask
+    "-fno-math-errno",
+    # Never -ffast-math: linked into a shared object it switches denormals off for the process.
+]
 
 OPENMP_FLAGS = {
     "linux": (["-fopenmp"], ["-fopenmp"]),

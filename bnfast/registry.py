@@ -303,7 +303,7 @@ def _environment() -> Choice | None:
 @functools.cache
 def _automatic() -> Choice:
     """Return the choice for host arrays where nobody named a backend, and log it once."""
-    candidates = [entry for entry in _table.values() if entry.automatic_for == "host"]
+    candidates = [entry for entry in tuple(_table.values()) if entry.automatic_for == "host"]
     choice = _resolve(",".join(entry.name for entry in candidates), AUTO)
     if _announcement.acquire(blocking=False):
         _announce(choice, candidates)
@@ -327,7 +327,7 @@ def _announce(choice: Choice, candidates: list[Entry]) -> None:
 def _for_device(choice: Choice, x: object) -> Kernels:
     """Return the kernels for an array on a GPU."""
     if choice.automatic:
-        names = [entry.name for entry in _table.values() if entry.automatic_for == "device"]
+        names = [entry.name for entry in tuple(_table.values()) if entry.automatic_for == "device"]
         choice = _resolve(",".join(names), "auto, for an array on a GPU")
     if not choice.kernels.accepts(x):
         kind = f"{type(x).__module__}.{type(x).__qualname__}"

@@ -108,7 +108,7 @@ def test_wrong_kernel_is_caught(name, conformance) -> None:
 
 def test_right_kernel_passes_the_same_way(conformance) -> None:
     wanted = sorted({test for wrong in wrong_kernels.WRONG.values() for test in wrong.caught_by})
-    # Twelve parameters of each test: `test_conformance` runs the unwrapped kernels through them all.
+    # Twelve parameters of each test; `test_conformance` has the NumPy backend pass them all.
     outcome = conformance("right", "test_conformance_bites.RIGHT", wanted, enough=12)
     assert not outcome.failures, outcome.failures
     assert set(outcome.passed) == set(wanted)

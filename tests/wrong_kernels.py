@@ -36,9 +36,10 @@ WRONG: dict[str, Wrong] = {}
 def reference_with(name: str, changes: dict[str, Change]) -> ModuleType:
     """Return a copy of the NumPy backend with the given functions replaced."""
     origin = importlib.util.find_spec("bnfast.backends.numpy_reference")
-    assert origin is not None and origin.loader is not None
+    assert origin is not None
     spec = importlib.util.spec_from_file_location(name, origin.origin)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
     for function, change in changes.items():

@@ -47,7 +47,9 @@ cdef extern from "kernels/tasks.h" nogil:
     const bn_kernels *bn_table[][2]
     int bn_highest_level()
     void bn_describe(bn_call *, const bn_kernels *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int)
-    void *bn_allocate(bn_call *, int reduction, int affine, int gradient)
+    void *bn_allocate(bn_call *, int needs)
+    enum:
+        BN_MOMENTS, BN_SUMS, BN_AFFINE, BN_GRADIENT
     Py_ssize_t bn_panels(const bn_call *)
     void bn_combine_moments(bn_call *, Py_ssize_t) noexcept
     void bn_combine_sums(bn_call *, Py_ssize_t) noexcept
@@ -165,11 +167,10 @@ cdef inline void describe(bn_call *call, cnp.ndarray x) noexcept:
 
 
 cdef int start(
-    bn_call *call, const Phase *phases, int count, int num_threads,
-    bint reduction, bint affine, bint gradient,
+    bn_call *call, const Phase *phases, int count, int num_threads, int needs
 ) except -1:
-    """Allocate the workspace, run the phases, free it."""
-    cdef void *workspace = bn_allocate(call, reduction, affine, gradient)
+    """Allocate what the phases need, run them, free it."""
+    cdef void *workspace = bn_allocate(call, needs)
     if workspace is NULL:
         raise MemoryError("no memory for the channel sums")
     with nogil:
@@ -197,7 +198,7 @@ def moments(
     else:
         phases[0] = Phase(bn_row_moments, call.channels * call.tiles.count)
     phases[1] = Phase(bn_combine_moments, call.channels)
-    start(&call, phases, 2, num_threads, True, False, False)
+    start(&call, phases, 2, num_threads, BN_MOMENTS)
 
 
 def normalize(
@@ -222,7 +223,7 @@ def normalize(
     else:
         phases[1] = Phase(bn_row_normalize, call.units.count)
         count = 2
-    start(&call, phases, count, num_threads, False, True, False)
+    start(&call, phases, count, num_threads, BN_AFFINE)
 
 
 def train(
@@ -252,7 +253,7 @@ def train(
         phases[1] = Phase(bn_moments_to_affine, call.channels)
         phases[2] = Phase(bn_row_normalize, call.units.count)
         count = 3
-    start(&call, phases, count, num_threads, True, True, False)
+    start(&call, phases, count, num_threads, BN_MOMENTS | BN_AFFINE)
 
 
 def backward_sums(
@@ -275,7 +276,7 @@ def backward_sums(
         phases[0] = Phase(bn_row_sums, call.channels * call.tiles.count)
         count = 1
     phases[count] = Phase(bn_combine_sums, call.channels)
-    start(&call, phases, count + 1, num_threads, True, False, False)
+    start(&call, phases, count + 1, num_threads, BN_SUMS)
 
 
 def backward_input(
@@ -301,7 +302,7 @@ def backward_input(
     else:
         phases[1] = Phase(bn_row_gradient, call.units.count)
         phase_count = 2
-    start(&call, phases, phase_count, num_threads, False, False, True)
+    start(&call, phases, phase_count, num_threads, BN_GRADIENT)
 
 
 def backward(
@@ -334,4 +335,4 @@ def backward(
         phases[1] = Phase(bn_sums_to_gradient, call.channels)
         phases[2] = Phase(bn_row_gradient, call.units.count)
         count = 3
-    start(&call, phases, count, num_threads, True, False, True)
+    start(&call, phases, count, num_threads, BN_SUMS | BN_GRADIENT)

@@ -1,5 +1,7 @@
 """Are the gradients right: the two sums, dx, the fused call, and both against differences."""
 
+# ruff: noqa: D102  (the name of a test is its description)
+
 from __future__ import annotations
 
 import numpy as np
@@ -182,8 +184,9 @@ def _terms(inputs: Inputs, *, relu: bool) -> tuple[Wide, Wide]:
 
 def _check_dx(outputs: Outputs, inputs: Inputs, *, relu: bool) -> None:
     g, xhat = _terms(inputs, relu=relu)
-    vectors = (inputs.invstd, inputs.weight, inputs.sum_dy, inputs.sum_dy_xhat)
-    exact = reference.backward_input(g, xhat, *map(wide, vectors), inputs.count)
+    invstd, weight = wide(inputs.invstd), wide(inputs.weight)
+    sums = wide(inputs.sum_dy), wide(inputs.sum_dy_xhat)
+    exact = reference.backward_input(g, xhat, invstd, weight, *sums, inputs.count)
     assert_gradient(outputs["dx"], exact, g, xhat, inputs)
     dtype = inputs.dy.dtype.type
     masked = np.where(inputs.y > 0, inputs.dy, dtype(0)) if relu else inputs.dy

@@ -36,7 +36,8 @@ def assert_within(what: str, actual: NDArray[Any], exact: Wide, bound: NDArray[A
 
 def assert_same_bits(what: str, one: NDArray[Any], other: NDArray[Any]) -> None:
     """Raise unless two arrays hold the same bits. Any NaN is as good as any other."""
-    assert one.shape == other.shape and one.dtype == other.dtype, what
+    assert one.shape == other.shape, what
+    assert one.dtype == other.dtype, what
     bits = f"u{one.dtype.itemsize}"
     equal = np.ascontiguousarray(one).view(bits) == np.ascontiguousarray(other).view(bits)
     differ = ~(equal | (np.isnan(one) & np.isnan(other)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import decimal
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import ClassVar, cast
 
@@ -49,7 +49,7 @@ class KernelConformance(ContractTests, RobustnessTests, DeterminismTests):
     seed: ClassVar[int | None] = None
 
     @pytest.fixture
-    def kernels(self, record_property: pytest.RecordProperty) -> Kernels:
+    def kernels(self, record_property: Callable[[str, object], None]) -> Kernels:
         """Return the kernels under test, and note in the test's report whose they are."""
         backend = self.backend
         if isinstance(backend, str):

@@ -1,5 +1,7 @@
 """The same bits whatever must not matter: threads, the place in memory, sharing, repetition."""
 
+# ruff: noqa: D102  (the name of a test is its description)
+
 from __future__ import annotations
 
 import numpy as np

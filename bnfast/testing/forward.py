@@ -1,5 +1,7 @@
 """Are moments, normalize and train right: within the bounds, and alike where they must be."""
 
+# ruff: noqa: D102  (the name of a test is its description)
+
 from __future__ import annotations
 
 from typing import Any
@@ -154,7 +156,7 @@ class ForwardTests:
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type
     ) -> None:
         inputs = draw(rng, shape, dtype).replace(residual=None)
-        level = np.array([100.0, -0.1, 1e30, 1e-40, 0.0]).astype(dtype)
+        level: NDArray[Any] = np.array([100.0, -0.1, 1e30, 1e-40, 0.0]).astype(dtype)
         column = level[:, None] if len(shape) == 3 else level
         inputs = inputs.replace(x=np.array(np.broadcast_to(column, shape)))
         outputs = self.check_train(run, inputs, relu=False)
@@ -173,7 +175,7 @@ class ForwardTests:
     ) -> None:
         inputs = draw(rng, shape, dtype).replace(residual=None, weight=np.zeros(5))
         y = rows(run(operation, inputs)["y"])
-        bias = inputs.bias.astype(dtype)[:, None]
+        bias: NDArray[Any] = inputs.bias.astype(dtype)[:, None]
         assert np.array_equal(y, np.broadcast_to(bias, y.shape))
 
     @over("eps", (0.0, 1e-300, 1e-12, 0.0625, 1e10))

@@ -55,10 +55,7 @@ def run(
     offset
         Elements by which every array is moved in memory, to vary its alignment.
     """
-    parameters = inspect.signature(getattr(Kernels, operation)).parameters.values()
-    names_in = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-    names_out = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-
+    names_in, names_out = arguments_of(operation)
     arguments = [getattr(inputs, name) for name in names_in]
     if not relu and operation.startswith("backward"):
         arguments[names_in.index("y")] = None
@@ -94,6 +91,13 @@ def run(
         for name, value in keywords.items()
         if name in names_out and isinstance(value, np.ndarray)
     }
+
+
+def arguments_of(operation: str) -> tuple[list[str], list[str]]:
+    """Return the names of a kernel's positional arguments, and of its keyword arguments."""
+    parameters = inspect.signature(getattr(Kernels, operation)).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return positional[1:], [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def _form(x: NDArray[Any]) -> tuple[tuple[int, ...], np.dtype[Any]]:

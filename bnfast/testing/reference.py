@@ -36,7 +36,8 @@ def decimal(values: ArrayLike) -> Wide:
     """Return ``values`` as an array of Decimals, exactly."""
     floats = np.asarray(values, np.float64)
     exact = [Decimal(value) for value in floats.ravel().tolist()]
-    return np.array(exact, dtype=object).reshape(floats.shape)
+    decimals: Wide = np.array(exact, dtype=object).reshape(floats.shape)
+    return decimals
 
 
 wide: Callable[[ArrayLike], Wide] = longdouble if np.finfo(np.longdouble).nmant > 52 else decimal
@@ -63,7 +64,8 @@ def rows(x: NDArray[Any]) -> NDArray[Any]:
     """Return either array form as ``(C, n)``."""
     channels = x.shape[1]
     per_channel = math.prod(x.shape) // channels if channels else 0
-    return np.moveaxis(x, 1, 0).reshape(channels, per_channel)
+    in_rows: NDArray[Any] = np.moveaxis(x, 1, 0).reshape(channels, per_channel)
+    return in_rows
 
 
 def moments(x: Wide) -> Moments:
@@ -109,4 +111,5 @@ def backward_input(
 ) -> Wide:
     """Return dx = weight * invstd * (g - (sum_dy + xhat * sum_dy_xhat) / count)."""
     common = (sum_dy[:, None] + xhat * sum_dy_xhat[:, None]) / count
-    return (weight * invstd)[:, None] * (g - common)
+    dx: Wide = (weight * invstd)[:, None] * (g - common)
+    return dx

@@ -1,11 +1,12 @@
 """What a kernel must survive: NaN and inf, extreme magnitudes, nothing at all, any old memory."""
 
-from __future__ import annotations
+# ruff: noqa: D102  (the name of a test is its description)
 
-import dataclasses
+from __future__ import annotations
 
 import numpy as np
 
+from bnfast.spec import Floats
 from bnfast.testing.backward import BackwardTests
 from bnfast.testing.bounds import assert_same_bits, assert_same_outputs
 from bnfast.testing.cases import (
@@ -20,7 +21,7 @@ from bnfast.testing.cases import (
     over,
 )
 from bnfast.testing.forward import ForwardTests
-from bnfast.testing.guard import Outputs, Run
+from bnfast.testing.guard import Outputs, Run, arguments_of
 from bnfast.testing.reference import rows
 
 POISONS = (float("nan"), float("inf"), float("-inf"))
@@ -43,7 +44,7 @@ class RobustnessTests(ForwardTests, BackwardTests):
 
     @over("operation", OPERATIONS)
     @over("dtype", DTYPES)
-    @over("shape", ((3, 5, 67), (203, 5), (4, 64, 3136), (12289, 64)))
+    @over("shape", ((3, 5, 67), (203, 5), (9, 2, 8191), (70001, 3)))
     def test_inputs_are_left_alone(
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type, operation: str
     ) -> None:
@@ -62,9 +63,9 @@ class RobustnessTests(ForwardTests, BackwardTests):
         clean = _by_channel(run(operation, inputs, relu=True))
         channel = int(rng.integers(shape[1]))
         others = np.arange(shape[1]) != channel
-        names = [f.name for f in dataclasses.fields(Inputs) if f.name not in ("eps", "count")]
+        names = set(arguments_of(operation)[0]) - {"eps", "count"}
         for poison in POISONS if inputs.x.size < 10**5 else POISONS[:1]:
-            for argument in names:
+            for argument in sorted(names):
                 values = getattr(inputs, argument).copy()
                 if values.ndim == 1:
                     values[channel] = poison
@@ -117,7 +118,7 @@ class RobustnessTests(ForwardTests, BackwardTests):
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type
     ) -> None:
         inputs = draw(rng, shape, dtype)
-        kinds = np.array([np.nan, -0.0, 0.0, -1.0, 1e-45, 1.0], dtype)
+        kinds: Floats = np.array([np.nan, -0.0, 0.0, -1.0, 1e-45, 1.0], dtype)
         y = kinds[rng.integers(len(kinds), size=shape)]
         open_to = np.where(y > 0, dtype(1), dtype(0))
         # What is masked does not count, be it inf.

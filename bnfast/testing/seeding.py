@@ -41,5 +41,5 @@ def generator(request: pytest.FixtureRequest, seed: int | None = None) -> np.ran
     if seed is None:
         seed = fresh_seed()
     name = request.node.nodeid.partition("::")[2]
-    print(f"random inputs of {name}: seed {seed}")
+    print(f"random inputs of {name}: seed {seed}")  # noqa: T201  pytest shows it on failure
     return np.random.default_rng([seed, *hashlib.sha256(name.encode()).digest()])

@@ -325,7 +325,7 @@ def compare() -> bool:
         median = statistics.median(result.seconds)
         print(
             f"{result.name:<12}{result.loss:<10.6f}{f'{result.digits} of {TOTAL}':<12}"
-            f"{result.eval_loss:<11.6f}{1e3 * median:.3f} ms, {plain_time / median:.1f}x plain"
+            f"{result.eval_loss:<10.6f} {1e3 * median:.3f} ms, {plain_time / median:.1f}x plain"
         )
     wrong = [result.name for result in results if not result.right(results[0])]
     print(f"WRONG: {', '.join(wrong)}." if wrong else "Every row is right.", end=" ")

@@ -28,6 +28,14 @@ typedef struct {
     bn_index pieces;  /* tiles side by side in one run */
 } bn_tiling;
 
+/* The two sums of the backward pass over a part of a channel. */
+typedef struct {
+    double dy, dy_x;
+} bn_sums;
+
+/* What a call needs beside its arrays. */
+enum { BN_MOMENTS = 1, BN_SUMS = 2, BN_AFFINE = 4, BN_GRADIENT = 8 };
+
 typedef struct {
     const bn_kernels *kernels;
     bn_index outer, channels, inner;  /* N, C, S; or M, C, 1 */
@@ -45,16 +53,13 @@ typedef struct {
     const double *var, *weight, *bias, *invstd;
     double eps, count;
     int relu;
-    double *partial;                  /* two numbers for each part of a reduction */
+    bn_moments *moments;              /* of each part of a reduction */
+    bn_sums *sums;
     double *wide_mean;                /* channels-last: the mean of every column of a wide row */
     bn_affine *affine;                /* per channel, or per column of a wide row */
     bn_gradient *gradient;
     char *packed;                     /* channels-last: the same in the dtype of x */
 } bn_call;
-
-static inline bn_index bn_ceil(bn_index a, bn_index b) { return (a + b - 1) / b; }
-static inline bn_index bn_min(bn_index a, bn_index b) { return a < b ? a : b; }
-static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
 
 /* Cut runs into tiles of about `elements`: whole runs, or pieces of one that end on whole steps of
    lanes. */
@@ -121,22 +126,27 @@ static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_inde
 }
 
 /* Allocate what the call needs beside its arrays, in one piece; NULL if there is no memory. */
-static inline void *bn_allocate(bn_call *call, int reduction, int affine, int gradient)
+static inline void *bn_allocate(bn_call *call, int needs)
 {
     const size_t width = (size_t)call->width;
     const size_t entries = call->rows ? (size_t)(call->parts + 1) * width
                                       : (size_t)(call->channels * call->tiles.count);
-    const size_t doubles = (reduction ? 2 * entries + width : 0);
-    const size_t bytes = doubles * sizeof(double) + affine * width * sizeof(bn_affine) +
-                         gradient * width * sizeof(bn_gradient) + (4 * width + 1) * sizeof(double);
-    char *block = (char *)malloc(bytes);
+    const size_t sizes[] = {needs & BN_MOMENTS ? entries * sizeof(bn_moments) : 0,
+                            needs & BN_SUMS ? entries * sizeof(bn_sums) : 0,
+                            needs & BN_SUMS ? width * sizeof(double) : 0,
+                            needs & BN_AFFINE ? width * sizeof(bn_affine) : 0,
+                            needs & BN_GRADIENT ? width * sizeof(bn_gradient) : 0,
+                            (4 * width + 1) * sizeof(double)};
+    char *const block = (char *)malloc(sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] +
+                                       sizes[5]);
     if (!block)
         return NULL;
-    call->partial = (double *)block;
-    call->wide_mean = call->partial + (reduction ? 2 * entries : 0);
-    call->affine = (bn_affine *)(call->partial + doubles);
-    call->gradient = (bn_gradient *)(call->affine + (affine ? width : 0));
-    call->packed = (char *)(call->gradient + (gradient ? width : 0));
+    call->moments = (bn_moments *)block;
+    call->sums = (bn_sums *)(block + sizes[0]);
+    call->wide_mean = (double *)(block + sizes[0] + sizes[1]);
+    call->affine = (bn_affine *)(block + sizes[0] + sizes[1] + sizes[2]);
+    call->gradient = (bn_gradient *)(block + sizes[0] + sizes[1] + sizes[2] + sizes[3]);
+    call->packed = block + sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4];
     return block;
 }
 

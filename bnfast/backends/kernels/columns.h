@@ -12,16 +12,16 @@
 /* Block moments of up to BN_COLUMNS columns, four rows at a time, so that the sums are loaded and
    stored once for four additions. */
 static inline void FN(block_moments)(const REAL *x, bn_index rows, bn_index width, bn_index stride,
-                                     double *mean, double *m2)
+                                     bn_moments *moments)
 {
     double first[BN_COLUMNS], off[BN_COLUMNS], square[BN_COLUMNS];
     for (bn_index c = 0; c < width; c++)
         first[c] = off[c] = square[c] = 0.0;
     bn_index row = 0;
     for (; row + 4 <= rows; row += 4) {
-        const REAL *a = x + row * stride, *b = a + stride, *c2 = b + stride, *d = c2 + stride;
+        const REAL *p = x + row * stride, *q = p + stride, *r = q + stride, *s = r + stride;
         for (bn_index c = 0; c < width; c++)
-            first[c] += ((double)a[c] + b[c]) + ((double)c2[c] + d[c]);
+            first[c] += ((double)p[c] + q[c]) + ((double)r[c] + s[c]);
     }
     for (; row < rows; row++)
         for (bn_index c = 0; c < width; c++)
@@ -29,22 +29,22 @@ static inline void FN(block_moments)(const REAL *x, bn_index rows, bn_index widt
     for (bn_index c = 0; c < width; c++)
         first[c] /= (double)rows;
     for (row = 0; row + 4 <= rows; row += 4) {
-        const REAL *a = x + row * stride, *b = a + stride, *c2 = b + stride, *d = c2 + stride;
+        const REAL *p = x + row * stride, *q = p + stride, *r = q + stride, *s = r + stride;
         for (bn_index c = 0; c < width; c++) {
-            const double p = a[c] - first[c], q = b[c] - first[c];
-            const double r = c2[c] - first[c], s = d[c] - first[c];
-            off[c] += (p + q) + (r + s);
-            square[c] += (p * p + q * q) + (r * r + s * s);
+            const double dp = p[c] - first[c], dq = q[c] - first[c];
+            const double dr = r[c] - first[c], ds = s[c] - first[c];
+            off[c] += (dp + dq) + (dr + ds);
+            square[c] += FN(wide_mad)(dp, dp, dq * dq) + FN(wide_mad)(dr, dr, ds * ds);
         }
     }
     for (; row < rows; row++)
         for (bn_index c = 0; c < width; c++) {
-            const double p = x[row * stride + c] - first[c];
-            off[c] += p;
-            square[c] += p * p;
+            const double d = x[row * stride + c] - first[c];
+            off[c] += d;
+            square[c] = FN(wide_mad)(d, d, square[c]);
         }
     for (bn_index c = 0; c < width; c++)
-        bn_correct(first[c], off[c], square[c], (double)rows, mean + c, m2 + c);
+        moments[c] = bn_corrected(first[c], off[c], square[c], (double)rows);
 }
 
 static inline bn_index FN(block_rows)(bn_index width)
@@ -53,35 +53,31 @@ static inline bn_index FN(block_rows)(bn_index width)
     return rows < BN_BLOCK_ROWS_MIN ? BN_BLOCK_ROWS_MIN : rows;
 }
 
-/* Moments of up to BN_COLUMNS columns: blocks are merged about the mean of the first one,
-   mean = pivot + sum(n_b (mean_b - pivot)) / n. */
+/* Moments of up to BN_COLUMNS columns: blocks are merged about the mean of the first one. */
 static void FN(column_moments)(const char *x_bytes, bn_index rows, bn_index width, bn_index stride,
-                               double *mean, double *m2)
+                               bn_moments *moments)
 {
     const REAL *x = (const REAL *)x_bytes;
     const bn_index step = FN(block_rows)(width);
-    if (rows <= step) {
-        FN(block_moments)(x, rows, width, stride, mean, m2);
-        return;
-    }
-    double shifted[BN_COLUMNS], block_mean[BN_COLUMNS], block_m2[BN_COLUMNS];
-    FN(block_moments)(x, step, width, stride, mean, m2);
+    double shifted[BN_COLUMNS];
+    bn_moments block[BN_COLUMNS];
+    FN(block_moments)(x, bn_min(step, rows), width, stride, moments);
     for (bn_index c = 0; c < width; c++)
         shifted[c] = 0.0;
     for (bn_index row = step; row < rows; row += step) {
-        const bn_index n = row + step <= rows ? step : rows - row;
-        FN(block_moments)(x + row * stride, n, width, stride, block_mean, block_m2);
+        const bn_index n = bn_min(step, rows - row);
+        FN(block_moments)(x + row * stride, n, width, stride, block);
         for (bn_index c = 0; c < width; c++) {
-            const double d = block_mean[c] - mean[c];
+            const double d = bn_distance(block[c], moments[c]);
             shifted[c] += (double)n * d;
-            m2[c] += block_m2[c] + (double)n * d * d;
+            moments[c].m2 += block[c].m2 + (double)n * d * d;
         }
     }
-    for (bn_index c = 0; c < width; c++) {
+    for (bn_index c = 0; rows > step && c < width; c++) {
         const double d = shifted[c] / (double)rows;
-        mean[c] += d;
-        m2[c] -= shifted[c] * d;
-        m2[c] = m2[c] < 0.0 ? 0.0 : m2[c];
+        const double m2 = moments[c].m2 - shifted[c] * d;
+        moments[c].low += d;
+        moments[c].m2 = m2 < 0.0 ? 0.0 : m2;
     }
 }
 
@@ -98,14 +94,14 @@ static inline void FN(block_sums)(const REAL *dy, const REAL *x, const REAL *y, 
         for (bn_index c = 0; c < width; c++) {
             const double g = FN(masked)(dy, y, i + c), h = FN(masked)(dy, y, j + c);
             g_sum[c] += g + h;
-            gx_sum[c] += g * (x[i + c] - mean[c]) + h * (x[j + c] - mean[c]);
+            gx_sum[c] += FN(wide_mad)(g, x[i + c] - mean[c], h * (x[j + c] - mean[c]));
         }
     }
     for (; row < rows; row++)
         for (bn_index c = 0; c < width; c++) {
             const double g = FN(masked)(dy, y, row * stride + c);
             g_sum[c] += g;
-            gx_sum[c] += g * (x[row * stride + c] - mean[c]);
+            gx_sum[c] = FN(wide_mad)(g, x[row * stride + c] - mean[c], gx_sum[c]);
         }
     for (bn_index c = 0; c < width; c++) {
         sum_dy[c] += g_sum[c];
@@ -123,7 +119,7 @@ static void FN(column_sums)(const char *dy_bytes, const char *x_bytes, const cha
     for (bn_index c = 0; c < width; c++)
         sum_dy[c] = sum_dy_x[c] = 0.0;
     for (bn_index row = 0; row < rows; row += step) {
-        const bn_index n = row + step <= rows ? step : rows - row, at = row * stride;
+        const bn_index n = bn_min(step, rows - row), at = row * stride;
         if (y)
             FN(block_sums)(dy + at, x + at, y + at, n, width, stride, mean, sum_dy, sum_dy_x);
         else
@@ -163,7 +159,7 @@ static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes
     const REAL *head = (const REAL *)packed, *scale = head + width, *shift = scale + width;
     const int fits = shift[width] != 0;
     for (bn_index at = 0; at < elements; at += width) {
-        const bn_index n = at + width <= elements ? width : elements - at;
+        const bn_index n = bn_min(width, elements - at);
         const REAL *r = residual ? residual + at : NULL;
         for (bn_index c = 0; !fits && c < n; c++)
             if (FN(affine_fits)(affine[c]))
@@ -199,8 +195,8 @@ static inline void FN(gradient_row)(const REAL *dy, const REAL *x, const REAL *y
         BN_SIMD for (bn_index c = 0; c < width; c++)
             dresidual[c] = FN(masked)(dy, y, c);
     BN_SIMD for (bn_index c = 0; c < width; c++) {
-        const REAL spread = (x[c] - head[c]) * x_scale[c] + shift[c];
-        dx[c] = FN(masked)(dy, y, c) * g_scale[c] + (x_scale[c] == 0 ? shift[c] : spread);
+        const REAL spread = FN(mad)(x[c] - head[c], x_scale[c], shift[c]);
+        dx[c] = FN(mad)(FN(masked)(dy, y, c), g_scale[c], x_scale[c] == 0 ? shift[c] : spread);
     }
 }
 
@@ -215,7 +211,7 @@ static void FN(column_gradient)(const char *dy_bytes, const char *x_bytes, const
     const REAL *shift = x_scale + width;
     const int fits = shift[width] != 0;
     for (bn_index at = 0; at < elements; at += width) {
-        const bn_index n = at + width <= elements ? width : elements - at;
+        const bn_index n = bn_min(width, elements - at);
         REAL *dr = dresidual ? dresidual + at : NULL;
         const REAL *ya = y ? y + at : NULL;
         for (bn_index c = 0; !fits && c < n; c++) {

@@ -19,6 +19,10 @@
 
 typedef ptrdiff_t bn_index;
 
+static inline bn_index bn_ceil(bn_index a, bn_index b) { return (a + b - 1) / b; }
+static inline bn_index bn_min(bn_index a, bn_index b) { return a < b ? a : b; }
+static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
+
 /* 16 partial sums, whatever the vector width: they fill two AVX-512 registers of doubles, four
    AVX2, eight SSE2, and fix the order of additions for all of them. */
 #define BN_LANES 16
@@ -29,6 +33,12 @@ typedef ptrdiff_t bn_index;
 /* Rows of a channels-last block: summed, then read again for the squares while in the cache. */
 #define BN_BLOCK_ELEMENTS 16384
 #define BN_BLOCK_ROWS_MIN 32
+
+/* The moments of a part of a channel. The mean is mean + low: parts are merged by the differences
+   of their means, and at mean/std = 1e6 a mean in one double would cost these six digits. */
+typedef struct {
+    double mean, low, m2;
+} bn_moments;
 
 /* One channel's y = (x - mean) * scale + bias. */
 typedef struct {
@@ -44,7 +54,7 @@ typedef struct {
     const char *name;
     bn_index itemsize;
     void (*row_moments)(const char *x, bn_index runs, bn_index length, bn_index stride,
-                        double *mean, double *m2);
+                        bn_moments *moments);
     void (*row_normalize)(const char *x, const char *residual, char *y, bn_index runs,
                           bn_index length, bn_index stride, bn_affine affine, int relu);
     void (*row_sums)(const char *dy, const char *x, const char *y, bn_index runs, bn_index length,
@@ -52,7 +62,7 @@ typedef struct {
     void (*row_gradient)(const char *dy, const char *x, const char *y, char *dx, char *dresidual,
                          bn_index runs, bn_index length, bn_index stride, bn_gradient gradient);
     void (*column_moments)(const char *x, bn_index rows, bn_index width, bn_index stride,
-                           double *mean, double *m2);
+                           bn_moments *moments);
     void (*column_normalize)(const char *x, const char *residual, char *y, bn_index elements,
                              bn_index width, const bn_affine *affine, const char *packed, int relu);
     void (*column_sums)(const char *dy, const char *x, const char *y, bn_index rows,
@@ -86,14 +96,15 @@ static inline double bn_total(const double *lanes, const double *tail)
 
 /* Turn a block's first mean, and the sums of deviations from it and of their squares, into its
    moments. The first mean carries the rounding of a long sum; the deviations tell how much. */
-static inline void bn_correct(double first, double deviation, double squares, double count,
-                              double *mean, double *m2)
+static inline bn_moments bn_corrected(double first, double deviation, double squares, double count)
 {
-    const double correction = deviation / count;
-    const double corrected = squares - deviation * correction;
-    *mean = isfinite(correction) ? first + correction : first;
-    *m2 = corrected < 0.0 ? 0.0 : corrected;
+    const double low = deviation / count, m2 = squares - deviation * low;
+    const bn_moments moments = {first, isfinite(low) ? low : 0.0, m2 < 0.0 ? 0.0 : m2};
+    return moments;
 }
+
+/* How far the mean of `a` is from the first mean of `b`. */
+static inline double bn_distance(bn_moments a, bn_moments b) { return (a.mean - b.mean) + a.low; }
 
 /* The loop that follows may be vectorised: no iteration reads what another one writes. */
 #define BN_SIMD _Pragma("omp simd")

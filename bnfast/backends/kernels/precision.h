@@ -1,9 +1,24 @@
 /* The kernels for float and for double at one instruction set, BN_TARGET, and their tables.
-   Included once per instruction set, on purpose: no include guard. */
+   Included once per instruction set, on purpose: no include guard.
+
+   FN(mad) and FN(wide_mad) are a * b + c in REAL and in double: one rounding where the instruction
+   set has it. They are spelled out, and the compiler's own contraction is off (setup.py), so that
+   every path to an element, vector body, tail or special case, gives it the same bits. */
+
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define BN_MAD(fma, a, b, c) fma(a, b, c)
+#else
+#define BN_MAD(fma, a, b, c) ((a) * (b) + (c))
+#endif
 
 #define REAL float
 #define FN(name) BN_JOIN(name, float, BN_TARGET)
 #define BN_IS_DOUBLE 0
+static inline float FN(mad)(float a, float b, float c) { return BN_MAD(__builtin_fmaf, a, b, c); }
+static inline double FN(wide_mad)(double a, double b, double c)
+{
+    return BN_MAD(__builtin_fma, a, b, c);
+}
 #include "rows.h"
 #include "columns.h"
 #include "table.h"
@@ -14,9 +29,16 @@
 #define REAL double
 #define FN(name) BN_JOIN(name, double, BN_TARGET)
 #define BN_IS_DOUBLE 1
+static inline double FN(mad)(double a, double b, double c) { return BN_MAD(__builtin_fma, a, b, c); }
+static inline double FN(wide_mad)(double a, double b, double c)
+{
+    return BN_MAD(__builtin_fma, a, b, c);
+}
 #include "rows.h"
 #include "columns.h"
 #include "table.h"
 #undef REAL
 #undef FN
 #undef BN_IS_DOUBLE
+
+#undef BN_MAD

@@ -2,8 +2,8 @@
    order and at the same time, and each writes its own results. A later phase combines them in
    order, so that the bits do not depend on who ran what.
 
-   Reductions leave two numbers per part in call->partial: (mean, m2), or the two sums of the
-   backward pass. bn_entry() is the map of that table. */
+   Reductions leave the results of each part in a table, call->moments or call->sums; bn_entry() is
+   its map. */
 
 #ifndef BNFAST_TASKS_H
 #define BNFAST_TASKS_H
@@ -38,42 +38,45 @@ static inline double bn_entry(const bn_call *call, bn_index c, bn_index e, bn_in
     return (double)bn_min(call->part_rows, call->rows - part * call->part_rows);
 }
 
+/* Moments of a channel from those of its parts: first the mean, then the squares about it. Means
+   are compared with the first part's, so that no digit is lost to a large common mean. */
 static void bn_combine_moments(bn_call *call, bn_index c)
 {
     const bn_index entries = bn_entries(call);
-    double pivot = 0.0, shifted = 0.0, m2 = 0.0;
+    bn_moments pivot = {0.0, 0.0, 0.0};
+    double shifted = 0.0, m2 = 0.0;
     bn_index row;
     for (bn_index e = 0; e < entries; e++) {
         const double n = bn_entry(call, c, e, &row);
         if (e == 0)
-            pivot = call->partial[2 * row];
-        else if (n)
-            shifted += n * (call->partial[2 * row] - pivot);
+            pivot = call->moments[row];
+        if (n)
+            shifted += n * bn_distance(call->moments[row], pivot);
     }
-    const double mean = entries > 1 ? pivot + shifted / call->count : pivot;
+    const double mean = entries > 1 ? shifted / call->count : pivot.low;
     for (bn_index e = 0; e < entries; e++) {
         const double n = bn_entry(call, c, e, &row);
         if (n) {
-            const double d = call->partial[2 * row] - mean;
-            m2 += call->partial[2 * row + 1] + n * d * d;
+            const double d = bn_distance(call->moments[row], pivot) - mean;
+            m2 += call->moments[row].m2 + n * d * d;
         }
     }
-    call->mean[c] = mean;
+    call->mean[c] = pivot.mean + mean;
     call->m2[c] = m2;
 }
 
 static void bn_combine_sums(bn_call *call, bn_index c)
 {
     const bn_index entries = bn_entries(call);
-    double sum_dy = 0.0, sum_dy_x = 0.0;
+    bn_sums total = {0.0, 0.0};
     bn_index row;
     for (bn_index e = 0; e < entries; e++)
         if (bn_entry(call, c, e, &row)) {
-            sum_dy += call->partial[2 * row];
-            sum_dy_x += call->partial[2 * row + 1];
+            total.dy += call->sums[row].dy;
+            total.dy_x += call->sums[row].dy_x;
         }
-    call->sum_dy[c] = sum_dy;
-    call->sum_dy_xhat[c] = sum_dy_x * call->invstd[c];
+    call->sum_dy[c] = total.dy;
+    call->sum_dy_xhat[c] = total.dy_x * call->invstd[c];
 }
 
 /* ---- what a channel's elements are multiplied with and shifted by -------------------------------*/
@@ -151,8 +154,7 @@ static void bn_row_moments(bn_call *call, bn_index part)
     const bn_index c = part / call->tiles.count, t = part % call->tiles.count;
     const bn_index at = bn_channel_tile(call, c, t, &place);
     call->kernels->row_moments(call->x + at, place.runs, place.length,
-                               call->channels * call->inner, call->partial + 2 * part,
-                               call->partial + 2 * part + 1);
+                               call->channels * call->inner, call->moments + part);
 }
 
 static void bn_row_sums(bn_call *call, bn_index part)
@@ -162,7 +164,7 @@ static void bn_row_sums(bn_call *call, bn_index part)
     const bn_index at = bn_channel_tile(call, c, t, &place);
     call->kernels->row_sums(call->dy + at, call->x + at, bn_at(call->y_in, at), place.runs,
                             place.length, call->channels * call->inner, call->mean[c],
-                            call->partial + 2 * part, call->partial + 2 * part + 1);
+                            &call->sums[part].dy, &call->sums[part].dy_x);
 }
 
 static void bn_row_normalize(bn_call *call, bn_index unit)
@@ -239,32 +241,25 @@ static inline bn_index bn_panels(const bn_call *call)
     return (call->parts + (call->rest != 0)) * call->column_tiles;
 }
 
-/* Two vectors of a panel's results, one after the other, become pairs in the table. */
-static inline void bn_store(bn_call *call, bn_panel panel, const double *a, const double *b)
-{
-    for (bn_index c = 0; c < panel.width; c++) {
-        call->partial[2 * (panel.entry + c)] = a[c];
-        call->partial[2 * (panel.entry + c) + 1] = b[c];
-    }
-}
-
 static void bn_column_moments(bn_call *call, bn_index number)
 {
     const bn_panel panel = bn_find_panel(call, number);
-    double mean[BN_COLUMNS], m2[BN_COLUMNS];
-    call->kernels->column_moments(call->x + panel.at, panel.rows, panel.width, call->width, mean,
-                                  m2);
-    bn_store(call, panel, mean, m2);
+    if (panel.width)
+        call->kernels->column_moments(call->x + panel.at, panel.rows, panel.width, call->width,
+                                      call->moments + panel.entry);
 }
 
 static void bn_column_sums(bn_call *call, bn_index number)
 {
     const bn_panel panel = bn_find_panel(call, number);
-    double sum_dy[BN_COLUMNS], sum_dy_x[BN_COLUMNS];
+    double dy[BN_COLUMNS], dy_x[BN_COLUMNS];
     call->kernels->column_sums(call->dy + panel.at, call->x + panel.at,
                                bn_at(call->y_in, panel.at), panel.rows, panel.width, call->width,
-                               call->wide_mean + panel.column, sum_dy, sum_dy_x);
-    bn_store(call, panel, sum_dy, sum_dy_x);
+                               call->wide_mean + panel.column, dy, dy_x);
+    for (bn_index c = 0; c < panel.width; c++) {
+        call->sums[panel.entry + c].dy = dy[c];
+        call->sums[panel.entry + c].dy_x = dy_x[c];
+    }
 }
 
 /* The elements of a span of wide rows; the last span takes the partial row. */

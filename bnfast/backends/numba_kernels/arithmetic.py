@@ -23,6 +23,7 @@ from bnfast.backends.numba_kernels.compiling import inline, step
 from bnfast.backends.numba_kernels.lanes import (
     cast,
     muladd,
+    put,
     rectify,
 )
 
@@ -34,6 +35,14 @@ SMALLEST = 2.0**-100
 def share(units, thread, threads):
     """Return the first of ``units`` that a thread handles; its last is before the next's first."""
     return units * thread // threads
+
+
+@inline
+def put_all(into, index, values):
+    """Store numbers from a flat index on."""
+    for value in values:
+        put(into, index, value)
+        index += 1
 
 
 @inline

@@ -146,29 +146,25 @@ def measure_block(x, first, stop, left, right, width, scratch):
 
 
 @inline
-def merge_group(state, base, room, at, count, other_count, mean, low, m2):
-    """Merge sixteen columns into rows mean, low, m2, m2_low and plain of ``state``."""
-    plain = mean * other_count
-    if count == 0.0:
-        m2_low = zeros()
-    else:
-        plain = plain + load(state, base + 4 * room + at)
+def merge_group(state, into, count, other_count, mean, low, m2, plain):
+    """Merge sixteen columns into rows mean, low, m2, m2_low and plain of ``state``.
+
+    Flat index ``into`` is the first of their means. What is there is of ``count`` elements each.
+    """
+    room = state.shape[2]
+    m2_low = zeros()
+    if count != 0:
+        own = load(state, into), load(state, into + room)
+        own_m2 = load(state, into + 2 * room), load(state, into + 3 * room)
         mean, low, m2, m2_low = merge(
-            count,
-            load(state, base + at),
-            load(state, base + room + at),
-            load(state, base + 2 * room + at),
-            load(state, base + 3 * room + at),
-            other_count,
-            mean,
-            low,
-            m2,
+            float(count), own[0], own[1], own_m2[0], own_m2[1], float(other_count), mean, low, m2
         )
-    store(state, base + at, mean)
-    store(state, base + room + at, low)
-    store(state, base + 2 * room + at, m2)
-    store(state, base + 3 * room + at, m2_low)
-    store(state, base + 4 * room + at, plain)
+        plain = plain + load(state, into + 4 * room)
+    store(state, into, mean)
+    store(state, into + room, low)
+    store(state, into + 2 * room, m2)
+    store(state, into + 3 * room, m2_low)
+    store(state, into + 4 * room, plain)
 
 
 @step
@@ -183,79 +179,64 @@ def measure_part(x, part, tile, state):
     for first in range(begin, end, block):
         stop = min(first + block, end)
         measure_block(x, first, stop, left, right, width, scratch)
-        count = float(stop - first)
+        count = stop - first
         for at in range(0, room, LANES):
-            deviation = load(scratch, room + at)
+            mean, deviation = load(scratch, at), load(scratch, room + at)
             low = deviation / count
             m2 = rectify(load(scratch, 2 * room + at) - deviation * low)
-            merge_group(
-                state,
-                part * 5 * padded,
-                padded,
-                left + at,
-                float(first - begin),
-                count,
-                load(scratch, at),
-                low,
-                m2,
-            )
+            into = part * 5 * padded + left + at
+            merge_group(state, into, first - begin, count, mean, low, m2, mean * count)
 
 
 @step
 def merge_parts(x, state):
     """Merge all parts into the first."""
-    padded = state.shape[2]
-    rows = 0
-    for part in range(state.shape[0]):
+    parts, _, padded = state.shape
+    rows = rows_of_part(x, 0)[1]
+    for part in range(1, parts):
         begin, end = rows_of_part(x, part)
-        for at in range(0, padded if part else 0, LANES):
-            base = part * 5 * padded + at
-            m2 = load(state, base + 2 * padded) + load(state, base + 3 * padded)
-            plain = load(state, 4 * padded + at) + load(state, base + 4 * padded)
-            merge_group(
-                state,
-                0,
-                padded,
-                at,
-                float(rows),
-                float(end - begin),
-                load(state, base),
-                load(state, base + padded),
-                m2,
-            )
-            store(state, 4 * padded + at, plain)
-        rows += end - begin
+        for at in range(0, padded, LANES):
+            own = part * 5 * padded + at
+            mean, low = load(state, own), load(state, own + padded)
+            m2 = load(state, own + 2 * padded) + load(state, own + 3 * padded)
+            plain = load(state, own + 4 * padded)
+            merge_group(state, at, rows, end - begin, mean, low, m2, plain)
+        rows = end
 
 
 @step
-def merge_channel(x, state, channel):
-    """Return mean and m2 of a channel from those of its columns and the rest of the elements."""
+def merge_columns(x, state, mean, m2):
+    """Compute mean and m2 of every channel from its columns and from the rest of the elements."""
     channels = x.shape[1]
     width, rows = wide_rows(x)
-    padded = state.shape[2]
-    count, mean, low, m2, m2_low, plain = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    for c in range(channel, width if rows else 0, channels):
-        at = column_at(c, width, padded)
-        other_mean, other_low = state[0, 0, at], state[0, 1, at]
-        other_m2 = settle(state[0, 2, at], state[0, 3, at])
-        if count == 0.0:
-            mean, low, m2 = other_mean, other_low, other_m2
-        else:
-            mean, low, m2, m2_low = merge(
-                count, mean, low, m2, m2_low, float(rows), other_mean, other_low, other_m2
-            )
-        count += rows
-        plain += state[0, 4, at]
-    for i in range(rows * width + channel, x.size, channels):
-        value = cast(get(x, i), 0.0)
-        if count == 0.0:
-            mean = value
-        else:
-            mean, low, m2, m2_low = merge(count, mean, low, m2, m2_low, 1.0, value, 0.0, 0.0)
-        count += 1.0
-        plain += value
-    # Deviations from an infinite mean are NaN; the mean itself is not.
-    return mean + low if np.isfinite(mean + low) else plain / count, settle(m2, m2_low)
+    _, _, padded = state.shape
+    for channel in range(channels):
+        count, center, low, spread, spread_low, plain = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        for c in range(channel, width if rows else 0, channels):
+            at = column_at(c, width, padded)
+            own_mean, own_low = state[0, 0, at], state[0, 1, at]
+            own_m2 = settle(state[0, 2, at], state[0, 3, at])
+            if c == channel:
+                center, low, spread = own_mean, own_low, own_m2
+            else:
+                center, low, spread, spread_low = merge(
+                    count, center, low, spread, spread_low, float(rows), own_mean, own_low, own_m2
+                )
+            count += rows
+            plain += state[0, 4, at]
+        for i in range(rows * width + channel, x.size, channels):
+            value = cast(get(x, i), 0.0)
+            if count == 0.0:
+                center = value
+            else:
+                center, low, spread, spread_low = merge(
+                    count, center, low, spread, spread_low, 1.0, value, 0.0, 0.0
+                )
+            count += 1.0
+            plain += value
+        # Deviations from an infinite mean are NaN; the mean itself is not.
+        mean[channel] = center + low if np.isfinite(center + low) else plain / count
+        m2[channel] = settle(spread, spread_low)
 
 
 @inline
@@ -284,14 +265,16 @@ def normalize_rows(x, residual, y, table, wide, exact, add, relu, thread, thread
             start = row * width
             # The last sixteen may overlap those before them. They are computed before anything
             # is written, since y may be x.
-            final = output_at(
-                x, residual, start + width - LANES, table, wide, exact, width - LANES, add, relu
-            )
+            last = start + width - LANES
+            if rest:
+                final = output_at(
+                    x, residual, last, table, wide, exact, width - LANES, add, relu
+                )
             for at in range(0, width - rest, LANES):
                 result = output_at(x, residual, start + at, table, wide, exact, at, add, relu)
                 store(y, start + at, result)
             if rest:
-                store(y, start + width - LANES, final)
+                store(y, last, final)
     if thread == threads - 1:
         for i in range(rows * width, x.size):
             at = (i - rows * width) % x.shape[1]
@@ -346,8 +329,7 @@ def forward(
             for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
                 measure_part(x, unit // tiles, unit % tiles, state)
         merge_parts(x, state)
-        for c in range(channels):
-            mean[c], m2[c] = merge_channel(x, state, c)
+        merge_columns(x, state, mean, m2)
     if transform:
         width, _ = wide_rows(x)
         table = np.empty((4, width), x.dtype)
@@ -406,27 +388,42 @@ def sum_part(dy, x, y, part, tile, center, relu, state):
 
 
 @step
-def add_channel(dy, x, y, state, channel, center, relu):
-    """Return the two sums of a channel from those of its columns and the rest of the elements."""
+def add_parts(state):
+    """Add all parts to the first."""
+    parts, _, padded = state.shape
+    for part in range(1, parts):
+        for at in range(0, 2 * padded, LANES):
+            other = part * 4 * padded + at
+            value, low = accumulate(
+                load(state, at), load(state, at + 2 * padded), load(state, other)
+            )
+            store(state, at, value)
+            store(state, at + 2 * padded, low + load(state, other + 2 * padded))
+
+
+@step
+def add_columns(dy, x, y, state, mean, invstd, relu, sum_dy, sum_dy_xhat):
+    """Compute the sums of every channel from its columns and from the rest of the elements."""
     channels = x.shape[1]
     width, rows = wide_rows(x)
-    parts, _, padded = state.shape
-    first, first_low, second, second_low = 0.0, 0.0, 0.0, 0.0
-    for c in range(channel, width, channels):
-        at = column_at(c, width, padded)
-        for part in range(parts):
-            first, first_low = accumulate(first, first_low, state[part, 0, at])
-            second, second_low = accumulate(second, second_low, state[part, 1, at])
-            first_low += state[part, 2, at]
-            second_low += state[part, 3, at]
-    for i in range(rows * width + channel, x.size, channels):
-        g = get(dy, i)
-        if relu:
-            g = where_positive(get(y, i), g)
-        first, first_low = accumulate(first, first_low, cast(g, 0.0))
-        product = g * (get(x, i) - center)
-        second, second_low = accumulate(second, second_low, product)
-    return settle(first, first_low), settle(second, second_low)
+    _, _, padded = state.shape
+    for channel in range(channels):
+        first, first_low, second, second_low = 0.0, 0.0, 0.0, 0.0
+        for c in range(channel, width if rows else 0, channels):
+            at = column_at(c, width, padded)
+            first, first_low = accumulate(first, first_low, state[0, 0, at])
+            second, second_low = accumulate(second, second_low, state[0, 1, at])
+            first_low += state[0, 2, at]
+            second_low += state[0, 3, at]
+        for i in range(rows * width + channel, x.size, channels):
+            g = get(dy, i)
+            if relu:
+                g = where_positive(get(y, i), g)
+            first, first_low = accumulate(first, first_low, cast(g, 0.0))
+            product = g * (get(x, i) - mean[channel])
+            second, second_low = accumulate(second, second_low, product)
+        sum_dy[channel] = settle(first, first_low)
+        sum_dy_xhat[channel] = settle(second, second_low) * invstd[channel]
 
 
 @inline
@@ -456,8 +453,9 @@ def gradient_rows(dy, x, y, dx, dresidual, table, wide, exact, relu, both, threa
         for row in range(max(begin, upper - chunk), upper):
             start = row * width
             last = start + width - LANES
-            final_g = masked(dy, y, row, width - LANES, width, relu)
-            final = gradient_at(final_g, x, last, table, wide, exact, width - LANES)
+            if rest:
+                final_g = masked(dy, y, row, width - LANES, width, relu)
+                final = gradient_at(final_g, x, last, table, wide, exact, width - LANES)
             for at in range(0, width - rest, LANES):
                 g = masked(dy, y, row, at, width, relu)
                 store(dx, start + at, gradient_at(g, x, start + at, table, wide, exact, at))
@@ -519,9 +517,8 @@ def backward(
         for thread in prange(threads):
             for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
                 sum_part(dy, x, y, unit // tiles, unit % tiles, center, relu, state)
-        for c in range(channels):
-            first, second = add_channel(dy, x, y, state, c, mean[c], relu)
-            sum_dy[c], sum_dy_xhat[c] = first, second * invstd[c]
+        add_parts(state)
+        add_columns(dy, x, y, state, mean, invstd, relu, sum_dy, sum_dy_xhat)
     if transform:
         table = np.empty((5, width), x.dtype)
         wide = np.empty((4, width))

@@ -10,9 +10,11 @@ says, not by what an optimiser may or may not do with it, and so
 LLVM splits sixteen lanes into whatever registers the CPU has. Sixteen float64 are four AVX2
 registers: as many independent chains of additions as hide the latency of one.
 
-Arrays are addressed by flat index. Functions with ``_last`` in their name handle the last
+Arrays are addressed by flat index; a step that is called often takes their addresses, since an
+array goes to a function as a dozen numbers. Functions with ``_last`` in their name handle the last
 ``count < 16`` elements before ``stop``: they fill the last lanes, and the other lanes are zero.
 
+    data(x)                          the address of x, which serves as x below
     load(x, i)                       x[i : i+16]
     load_last(x, stop, count)        the same for x[stop-count : stop]
     store(y, i, v)                   y[i : i+16] = v, rounded to the dtype of y
@@ -105,17 +107,21 @@ _define_operator(operator.mul, "fmul")
 _define_operator(operator.truediv, "fdiv")
 
 
+@intrinsic
+def data(typingctx, x):
+    """Return the address of the first element."""
+
+    def codegen(context, builder, sig, args):
+        return context.make_array(sig.args[0])(context, builder, args[0]).data
+
+    return types.CPointer(x.dtype)(x), codegen
+
+
 def _address(context, builder, kind, value, index):
-    data = context.make_array(kind)(context, builder, value).data
-    return builder.gep(data, [index])
-
-
-def _unaligned(kind):
-    return kind.dtype.bitwidth // 8
-
-
-def _vector_at(builder, kind, address, value_type):
-    return builder.bitcast(address, ir.VectorType(value_type, LANES).as_pointer())
+    """Return the address of an element of an array, or of what `data` made of one."""
+    if isinstance(kind, types.Array):
+        value = context.make_array(kind)(context, builder, value).data
+    return builder.gep(value, [index])
 
 
 @intrinsic

@@ -27,6 +27,7 @@ from bnfast.backends.numba_kernels.arithmetic import (
     gradient,
     merge,
     output,
+    put_all,
     settle,
     share,
 )
@@ -41,6 +42,7 @@ from bnfast.backends.numba_kernels.compiling import (
 from bnfast.backends.numba_kernels.lanes import (
     LANES,
     cast,
+    data,
     last_lanes,
     load,
     load_last,
@@ -58,9 +60,9 @@ BLOCK = 1024
 
 
 @inline
-def blocks_of(x):
+def blocks_of(shape):
     """Return the runs and the length of a block, its pieces per run, and blocks per channel."""
-    samples, _, size = x.shape
+    samples, _, size = shape
     if size < BLOCK:
         runs, length = BLOCK // size, size
     else:
@@ -71,10 +73,10 @@ def blocks_of(x):
 
 
 @inline
-def block_at(x, channel, block):
+def block_at(shape, channel, block):
     """Return where a block starts, its runs, the step between them, and their length."""
-    samples, channels, size = x.shape
-    runs, length, across, _ = blocks_of(x)
+    samples, channels, size = shape
+    runs, length, across, _ = blocks_of(shape)
     group, piece = block // across, block % across
     start = (group * runs * channels + channel) * size + piece * length
     return (
@@ -86,11 +88,11 @@ def block_at(x, channel, block):
 
 
 @step
-def measure_block(x, channel, block, blocks):
-    """Put count, mean, its error and m2 of a block into its four numbers of ``blocks``."""
-    start, runs, stride, length = block_at(x, channel, block)
+def measure_block(x, shape, channel, block):
+    """Return count, mean, the error of the mean, and m2 of a block."""
+    start, runs, stride, length = block_at(shape, channel, block)
     rest = length % LANES
-    count = runs * length
+    count = float(runs * length)
     values = zeros()
     for first in range(start, start + runs * stride, stride):
         stop = first + length
@@ -112,11 +114,18 @@ def measure_block(x, channel, block, blocks):
             deviations = deviations + d
             squares = muladd(d, d, squares)
     deviation = total(deviations)
-    m2 = rectify(total(squares) - deviation * (deviation / count))
-    blocks[channel, block, 0] = count
-    blocks[channel, block, 1] = mean
-    blocks[channel, block, 2] = deviation / count
-    blocks[channel, block, 3] = m2
+    low = deviation / count
+    return count, mean, low, rectify(total(squares) - deviation * low)
+
+
+@step
+def measure_blocks(x, blocks, thread, threads):
+    """Measure a thread's share of the blocks of all channels."""
+    channels, per_channel, _ = blocks.shape
+    units = channels * per_channel
+    for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
+        channel, block = unit // per_channel, unit % per_channel
+        put_all(blocks, unit * 4, measure_block(data(x), x.shape, channel, block))
 
 
 @step
@@ -154,7 +163,7 @@ def normalize_run(x, residual, y, start, stop, head, scale, shift, add, relu):
     store(y, last, final)
 
 
-@step
+@inline
 def normalize_piece(x, residual, y, start, stop, table, wide, c, add, relu):
     """Transform the elements of channel ``c`` from ``start`` to ``stop`` by the tables."""
     if table[3, c] != 0:
@@ -166,25 +175,36 @@ def normalize_piece(x, residual, y, start, stop, table, wide, c, add, relu):
 
 
 @step
-def normalize_channel(x, residual, y, table, wide, c, add, relu):
-    """Transform all runs of a channel."""
-    samples, channels, size = x.shape
-    for n in range(samples):
-        start = (n * channels + c) * size
-        normalize_piece(x, residual, y, start, start + size, table, wide, c, add, relu)
-
-
-@step
 def normalize_pieces(x, residual, y, table, wide, add, relu, thread, threads):
     """Transform a thread's share of the array, in the order of memory."""
     samples, channels, size = x.shape
-    _, length, across, _ = blocks_of(x)
+    _, length, across, _ = blocks_of(x.shape)
     units = samples * channels * across
+    at = data(x), data(residual), data(y)
     for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
         run, piece = unit // across, unit % across
         start = run * size + piece * length
         stop = run * size + min((piece + 1) * length, size)
-        normalize_piece(x, residual, y, start, stop, table, wide, run % channels, add, relu)
+        normalize_piece(*at, start, stop, table, wide, run % channels, add, relu)
+
+
+@step
+def train_channels(
+    x, weight, bias, eps, residual, y, mean, m2, blocks, table, wide, add, relu, thread, threads
+):
+    """Measure and transform a thread's share of the channels, one after the other."""
+    samples, channels, size = x.shape
+    at = data(x), data(residual), data(y)
+    for c in range(share(channels, thread, threads), share(channels, thread + 1, threads)):
+        for block in range(blocks.shape[1]):
+            base = (c * blocks.shape[1] + block) * 4
+            put_all(blocks, base, measure_block(at[0], x.shape, c, block))
+        mean[c], m2[c] = merge_blocks(blocks, c)
+        var = m2[c] / (samples * size)
+        fill_forward(table, wide, c, mean[c], var, weight, bias, eps)
+        for n in range(samples):
+            start = (n * channels + c) * size
+            normalize_piece(*at, start, start + size, table, wide, c, add, relu)
 
 
 @inline
@@ -212,28 +232,22 @@ def forward(
 ) -> None:
     """If ``measure``, compute mean and m2; if ``transform``, y, by them or by what is given."""
     samples, channels, size = x.shape
-    per_channel = blocks_of(x)[3]
     table = np.empty((4, channels), x.dtype)
     wide = np.empty((3, channels))
-    whole = measure and transform and enough_channels(channels, threads)
-    if measure:
-        blocks = np.empty((channels, per_channel, 4))
-        units = channels if whole else channels * per_channel
+    blocks = np.empty((channels, blocks_of(x.shape)[3], 4))
+    if measure and transform and enough_channels(channels, threads):
         for thread in prange(threads):
-            for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-                if whole:
-                    for block in range(per_channel):
-                        measure_block(x, unit, block, blocks)
-                    mean[unit], m2[unit] = merge_blocks(blocks, unit)
-                    var = m2[unit] / (samples * size)
-                    fill_forward(table, wide, unit, mean[unit], var, weight, bias, eps)
-                    normalize_channel(x, residual, y, table, wide, unit, add, relu)
-                else:
-                    measure_block(x, unit // per_channel, unit % per_channel, blocks)
-        if not whole:
-            for c in range(channels):
-                mean[c], m2[c] = merge_blocks(blocks, c)
-    if transform and not whole:
+            train_channels(
+                x, weight, bias, eps, residual, y, mean, m2, blocks, table, wide, add, relu,
+                thread, threads,
+            )  # fmt: skip
+        return
+    if measure:
+        for thread in prange(threads):
+            measure_blocks(x, blocks, thread, threads)
+        for c in range(channels):
+            mean[c], m2[c] = merge_blocks(blocks, c)
+    if transform:
         for c in range(channels):
             center = mean[c] if measure else given_mean[c]
             var = m2[c] / (samples * size) if measure else given_var[c]
@@ -243,9 +257,9 @@ def forward(
 
 
 @step
-def sum_block(dy, x, y, channel, block, center, relu, blocks):
-    """Put the sums of g and of g * (x - mean) over a block into its two numbers of ``blocks``."""
-    start, runs, stride, length = block_at(x, channel, block)
+def sum_block(dy, x, y, shape, channel, block, center, relu):
+    """Return the sums of g and of g * (x - mean) over a block."""
+    start, runs, stride, length = block_at(shape, channel, block)
     rest = length % LANES
     sums = zeros()
     products = zeros()
@@ -266,8 +280,18 @@ def sum_block(dy, x, y, channel, block, center, relu, blocks):
             sums = sums + wide
             d = last_lanes(cast(load_last(x, stop, rest), sums) - center, rest)
             products = muladd(wide, d, products)
-    blocks[channel, block, 0] = total(sums)
-    blocks[channel, block, 1] = total(products)
+    return total(sums), total(products)
+
+
+@step
+def sum_blocks(dy, x, y, mean, relu, blocks, thread, threads):
+    """Sum a thread's share of the blocks of all channels."""
+    channels, per_channel, _ = blocks.shape
+    units = channels * per_channel
+    at = data(dy), data(x), data(y)
+    for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
+        c, block = unit // per_channel, unit % per_channel
+        put_all(blocks, unit * 2, sum_block(*at, x.shape, c, block, mean[c], relu))
 
 
 @step
@@ -311,7 +335,7 @@ def gradient_run(dy, x, y, dx, dresidual, start, stop, head, slope, offset, fact
         store(dresidual, last, final_g)
 
 
-@step
+@inline
 def gradient_piece(dy, x, y, dx, dresidual, start, stop, table, wide, c, relu, both):
     """Transform the gradients of channel ``c`` from ``start`` to ``stop`` by the tables."""
     if table[4, c] != 0:
@@ -325,25 +349,40 @@ def gradient_piece(dy, x, y, dx, dresidual, start, stop, table, wide, c, relu, b
 
 
 @step
-def gradient_channel(dy, x, y, dx, dresidual, table, wide, c, relu, both):
-    """Transform the gradients of all runs of a channel."""
-    samples, channels, size = x.shape
-    for n in range(samples):
-        at = (n * channels + c) * size
-        gradient_piece(dy, x, y, dx, dresidual, at, at + size, table, wide, c, relu, both)
-
-
-@step
 def gradient_pieces(dy, x, y, dx, dresidual, table, wide, relu, both, thread, threads):
     """Transform a thread's share of the gradients, in the order of memory."""
     samples, channels, size = x.shape
-    _, length, across, _ = blocks_of(x)
+    _, length, across, _ = blocks_of(x.shape)
     units = samples * channels * across
+    at = data(dy), data(x), data(y), data(dx), data(dresidual)
     for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
         run, piece = unit // across, unit % across
-        at = run * size + piece * length
+        start = run * size + piece * length
         stop = run * size + min((piece + 1) * length, size)
-        gradient_piece(dy, x, y, dx, dresidual, at, stop, table, wide, run % channels, relu, both)
+        gradient_piece(*at, start, stop, table, wide, run % channels, relu, both)
+
+
+@step
+def backward_channels(
+    dy, x, y, mean, invstd, weight, dx, dresidual, sum_dy, sum_dy_xhat, blocks, table, wide, relu,
+    both, thread, threads,
+):  # fmt: skip
+    """Sum and transform a thread's share of the channels, one after the other."""
+    samples, channels, size = x.shape
+    count = samples * size
+    at = data(dy), data(x), data(y), data(dx), data(dresidual)
+    for c in range(share(channels, thread, threads), share(channels, thread + 1, threads)):
+        for block in range(blocks.shape[1]):
+            base = (c * blocks.shape[1] + block) * 2
+            sums = sum_block(at[0], at[1], at[2], x.shape, c, block, mean[c], relu)
+            put_all(blocks, base, sums)
+        first, second = add_blocks(blocks, c)
+        sum_dy[c], sum_dy_xhat[c] = first, second * invstd[c]
+        means = first / count, sum_dy_xhat[c] / count
+        fill_backward(table, wide, c, mean, invstd, weight, means)
+        for n in range(samples):
+            start = (n * channels + c) * size
+            gradient_piece(*at, start, start + size, table, wide, c, relu, both)
 
 
 def backward(
@@ -371,36 +410,26 @@ def backward(
     dresidual is written if ``both``.
     """
     channels = x.shape[1]
-    per_channel = blocks_of(x)[3]
     table = np.empty((5, channels), x.dtype)
     wide = np.empty((4, channels))
-    whole = measure and transform and enough_channels(channels, threads)
-    if measure:
-        blocks = np.empty((channels, per_channel, 2))
-        units = channels if whole else channels * per_channel
+    blocks = np.empty((channels, blocks_of(x.shape)[3], 2))
+    if measure and transform and enough_channels(channels, threads):
         for thread in prange(threads):
-            for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-                if whole:
-                    for block in range(per_channel):
-                        sum_block(dy, x, y, unit, block, mean[unit], relu, blocks)
-                    first, second = add_blocks(blocks, unit)
-                    sum_dy[unit], sum_dy_xhat[unit] = first, second * invstd[unit]
-                    means = first / count, sum_dy_xhat[unit] / count
-                    fill_backward(table, wide, unit, mean, invstd, weight, means)
-                    gradient_channel(dy, x, y, dx, dresidual, table, wide, unit, relu, both)
-                else:
-                    channel, block = unit // per_channel, unit % per_channel
-                    sum_block(dy, x, y, channel, block, mean[channel], relu, blocks)
-        if not whole:
-            for c in range(channels):
-                first, second = add_blocks(blocks, c)
-                sum_dy[c], sum_dy_xhat[c] = first, second * invstd[c]
-    if transform and not whole:
+            backward_channels(
+                dy, x, y, mean, invstd, weight, dx, dresidual, sum_dy, sum_dy_xhat, blocks, table,
+                wide, relu, both, thread, threads,
+            )  # fmt: skip
+        return
+    if measure:
+        for thread in prange(threads):
+            sum_blocks(dy, x, y, mean, relu, blocks, thread, threads)
+        for c in range(channels):
+            first, second = add_blocks(blocks, c)
+            sum_dy[c], sum_dy_xhat[c] = first, second * invstd[c]
+    if transform:
         for c in range(channels):
             first = sum_dy[c] if measure else given_dy[c]
             second = sum_dy_xhat[c] if measure else given_dy_xhat[c]
-            fill_backward(
-                table, wide, c, mean, invstd, weight, (first / count, second / count)
-            )
+            fill_backward(table, wide, c, mean, invstd, weight, (first / count, second / count))
         for thread in prange(threads):
             gradient_pieces(dy, x, y, dx, dresidual, table, wide, relu, both, thread, threads)
