@@ -28,6 +28,9 @@ AXES = (0, 2, 3)
 Call = Callable[[], Any]
 Contender = Callable[["Problem"], Call]
 
+SHAPES = ((1, 64, 8, 8), (8, 64, 56, 56), (32, 256, 28, 28))
+"""A call whose cost is not arithmetic; arrays that fit the cache; arrays (26 MB) that do not."""
+
 TOUCHED = {"inference": 2, "training": 2, "backward": 3}
 """How many arrays an operation has to move at least: each input read and each output written."""
 
@@ -49,6 +52,17 @@ class Case(NamedTuple):
         """The traffic that no implementation can avoid: read once, written once."""
         elements = int(np.prod(self.shape))
         return TOUCHED[self.operation] * elements * np.dtype(self.dtype).itemsize
+
+
+def cases(operation: str) -> list[Case]:
+    """Return the cases of an operation, for both layouts; the largest shape in float32 alone."""
+    return [
+        Case(operation, shape, layout, dtype)
+        for shape in SHAPES
+        for layout in ("NCHW", "channels-last")
+        for dtype in ("float32", "float64")
+        if dtype == "float32" or shape != SHAPES[-1]
+    ]
 
 
 class Problem:

@@ -108,8 +108,9 @@ def _check_apart(out: NDArray[Any], array: NDArray[Any], message: str) -> None:
     """Raise ValueError if two arrays share memory, or if that is too hard to tell."""
     if not np.may_share_memory(out, array):
         return
+    max_work: Any = 100_000  # a tenth of a second; NumPy's stub knows -1 and 0 alone
     try:
-        shared = np.shares_memory(out, array, max_work=100_000)
+        shared = np.shares_memory(out, array, max_work=max_work)
     except np.exceptions.TooHardError:
         shared = True
     if shared:

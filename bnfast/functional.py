@@ -123,6 +123,7 @@ def batch_norm(
     count = x.shape[1]
     relu = is_relu(activation)
     check_eps(eps, training)
+    momentum = float(momentum)
     packed_weight = channels.pack(weight, 1.0, count, "weight")
     packed_bias = channels.pack(bias, 0.0, count, "bias")
     if not training:
@@ -140,7 +141,6 @@ def batch_norm(
     check_both_running(running_mean, running_var)
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
         check_running(running, count, name)
-    momentum = float(momentum)
     trained = train_packed(x, packed_weight, packed_bias, eps, residual, relu, out, backend)
     if trained.batch.count:
         channels.update_running(running_mean, running_var, trained.batch, momentum)

@@ -57,6 +57,10 @@ Y_ULPS_FLOAT32 = 2.5
 Y_ULPS_FLOAT32_WITHOUT_FMA = 3.0
 """The same where the CPU (or the instruction set in use) has no fused multiply-add."""
 
+Y_ULPS_RESIDUAL = 1.0
+"""float32: what a residual adds to that bound. The affine result is rounded before the residual is
+added, and where the two cancel it can be twice as large as ``output_scale``."""
+
 Y_UNITS_FLOAT64 = 8.0
 """float64: the error of y is at most this times 2^-53 (1 + |mean|/sqrt(var + eps)) output_scale."""
 

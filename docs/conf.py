@@ -5,7 +5,7 @@ from __future__ import annotations
 import bnfast
 
 project = "bnfast"
-copyright = "the bnfast authors"
+copyright = "2026, the bnfast developers"
 version = release = bnfast.__version__
 
 extensions = [

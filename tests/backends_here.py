@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import bnfast
+from bnfast import registry, spec
 
 NAMES = ("cython", "numba", "numpy")
 AVAILABLE = [name for name in NAMES if bnfast.list_backends()[name].available]
@@ -21,3 +22,9 @@ over_backends = pytest.mark.parametrize(
         for name in NAMES
     ],
 )
+
+
+def y_ulps(backend: str) -> float:
+    """Return the bound on a float32 output that holds for the instructions in use here."""
+    fma = registry.load(backend).instruction_set() != "baseline"
+    return spec.Y_ULPS_FLOAT32 if fma else spec.Y_ULPS_FLOAT32_WITHOUT_FMA

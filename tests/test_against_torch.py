@@ -9,9 +9,12 @@ both, but for `DIFFERENCES`, which are by design.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import pytest
-from backends_here import AVAILABLE, over_backends
+from backends_here import AVAILABLE, over_backends, y_ulps
 from strided import backwards, permuted, stepped
 
 import bnfast
@@ -20,7 +23,7 @@ from bnfast import spec
 
 torch = pytest.importorskip("torch", minversion="2.13")
 
-LAYERS, BATCHES, CALLS = 2_100, 6, 9
+LAYERS, BATCHES, CALLS = 3_000, 6, 9
 UNIT = 2.0**-53
 VECTORS = ("weight", "bias", "running_mean", "running_var")
 KINDS = {
@@ -93,7 +96,7 @@ class Pair:
         self.forget()
         self.zero_grad()
 
-    # ---- calls ------------------------------------------------------------------------------
+    # ---- calls ----------------------------------------------------------------------------------
 
     def step(self):
         """Do one random thing to both."""
@@ -143,7 +146,8 @@ class Pair:
     def reset(self):
         method = self.rng.choice(["reset_running_stats", "reset_parameters"])
         if self.layer.track_running_stats and self.layer.running_mean is None:
-            self.refused_by_torch_alone(lambda: getattr(self.twin, method)(), "reset")
+            assert not DIFFERENCES["reset"].torch_accepts
+            self.layer.reset_running_stats()
             return
         getattr(self.layer, method)()
         getattr(self.twin, method)()
@@ -174,7 +178,9 @@ class Pair:
         difference = self.difference(x)
         self.steps.append(f"{'train' if layer.training else 'eval'} {x.shape} {dtype.__name__}")
         if difference is not None:
-            assert (error is None, twin_error is None) == DIFFERENCES[difference], difference
+            expected = DIFFERENCES[difference]
+            assert (error is None) == expected.bnfast_accepts, (difference, error)
+            assert (twin_error is None) == expected.torch_accepts, (difference, twin_error)
         else:
             assert (error is None) == (twin_error is None), (error, twin_error)
         if error is not None or twin_error is not None:
@@ -225,11 +231,7 @@ class Pair:
     def passes_buffers(self):
         return not self.layer.training or self.layer.track_running_stats
 
-    def refused_by_torch_alone(self, call, name):
-        assert DIFFERENCES[name] == (True, False)
-        assert error_of(call)[1] is not None
-
-    # ---- numbers ----------------------------------------------------------------------------
+    # ---- numbers --------------------------------------------------------------------------------
 
     def random_vector(self, name):
         sign = self.rng.choice([-1.0, 1.0], self.channels)
@@ -328,7 +330,7 @@ class Pair:
         vector = getattr(self.layer, name)
         return np.full(self.channels, default) if vector is None else vector.astype(np.float64)
 
-    # ---- comparisons ------------------------------------------------------------------------
+    # ---- comparisons ----------------------------------------------------------------------------
 
     def assert_within(self, what, actual, exact, bound):
         """Both NaN is agreement. Where the bound is not finite, nothing can be said: counted."""
@@ -384,7 +386,9 @@ class Pair:
 
     def output_bound(self, dtype, scale, growth):
         if dtype == np.float32:
-            return spec.Y_ULPS_FLOAT32 * np.spacing(scale.astype(np.float32)).astype(np.float64)
+            return y_ulps(self.layer.backend) * np.spacing(scale.astype(np.float32)).astype(
+                np.float64
+            )
         return spec.Y_UNITS_FLOAT64 * UNIT * growth[:, None] * scale
 
     def compare_output(self, y, twin_y, residual, statistics):
@@ -498,13 +502,155 @@ def in_rows(array):
     return np.moveaxis(array, 1, 0).reshape(channels, per_channel)
 
 
+class Difference(NamedTuple):
+    """A call that one of the two accepts and the other does not, and why that is wanted."""
+
+    reason: str
+    bnfast_accepts: bool
+    torch_accepts: bool
+    on_bnfast: Callable[[], object]
+    on_torch: Callable[[], object]
+
+
+ONES = np.ones((2, 3, 4, 4), np.float32)
+BARE = {"affine": False, "track_running_stats": False}
+
+
+def gradient_of_other_dtype_in_torch():
+    y = torch.nn.BatchNorm2d(3)(torch.tensor(ONES))
+    y.backward(torch.ones(y.shape, dtype=torch.float64))
+
+
+def gradient_of_other_dtype_in_bnfast():
+    layer = bnfast.BatchNorm2d(3)
+    layer.backward(layer(ONES).astype(np.float64))
+
+
+def late_tracking(layer):
+    layer.track_running_stats = True
+    layer.reset_running_stats()
+
+
 DIFFERENCES = {
-    # name: (does bnfast accept the call, does torch)
-    "channels": (False, True),
-    "no channels": (True, False),
-    "reset": (True, False),
+    "dtypes": Difference(
+        "any dtype of x goes with any dtype of parameters and running statistics",
+        True,
+        False,
+        lambda: bnfast.BatchNorm2d(3, dtype=np.float32)(ONES.astype(np.float64)),
+        lambda: torch.nn.BatchNorm2d(3)(torch.tensor(ONES, dtype=torch.float64)),
+    ),
+    "channels": Difference(
+        "the channels of x are always counted, also where no vector could fail to fit",
+        False,
+        True,
+        lambda: bnfast.BatchNorm2d(4, **BARE)(ONES),
+        lambda: torch.nn.BatchNorm2d(4, **BARE)(torch.tensor(ONES)),
+    ),
+    "channels of an empty batch": Difference(
+        "the channels of x are always counted, also where nothing is computed",
+        False,
+        True,
+        lambda: bnfast.BatchNorm2d(4)(ONES[:0]),
+        lambda: torch.nn.BatchNorm2d(4)(torch.tensor(ONES[:0])),
+    ),
+    "no channels": Difference(
+        "a layer without channels passes empty arrays, as a batch without samples does",
+        True,
+        False,
+        lambda: bnfast.BatchNorm2d(0)(ONES[:, :0]),
+        lambda: torch.nn.BatchNorm2d(0)(torch.tensor(ONES[:, :0])),
+    ),
+    "reset": Difference(
+        "a layer that was told too late to track has no running statistics to reset",
+        True,
+        False,
+        lambda: late_tracking(bnfast.BatchNorm2d(3, **BARE)),
+        lambda: late_tracking(torch.nn.BatchNorm2d(3, **BARE)),
+    ),
+    "dtype of dy": Difference(
+        "a gradient of another dtype than x is a slip that would cost a silent copy",
+        False,
+        True,
+        gradient_of_other_dtype_in_bnfast,
+        gradient_of_other_dtype_in_torch,
+    ),
+    "eps at construction": Difference(
+        "an eps that no call would accept is refused where it is written",
+        False,
+        True,
+        lambda: bnfast.BatchNorm2d(3, eps=-1.0),
+        lambda: torch.nn.BatchNorm2d(3, eps=-1.0),
+    ),
+    "eps that is not finite": Difference(
+        "it makes every output NaN, or equal to the bias",
+        False,
+        True,
+        lambda: F.batch_norm(ONES, None, None, training=True, eps=np.inf),
+        lambda: torch.nn.functional.batch_norm(
+            torch.tensor(ONES), None, None, training=True, eps=np.inf
+        ),
+    ),
+    "shape of vectors": Difference(
+        "vectors have shape (C,), not any shape with C elements",
+        False,
+        True,
+        lambda: F.batch_norm(ONES, np.ones(3), np.ones(3), np.ones((1, 3))),
+        lambda: torch.nn.functional.batch_norm(
+            torch.tensor(ONES), torch.ones(3), torch.ones(3), torch.ones(1, 3)
+        ),
+    ),
+    "one axis": Difference(
+        "an array of one axis has no channels, empty or not",
+        False,
+        True,
+        lambda: F.batch_norm(np.ones(0, np.float32), np.ones(0), np.ones(0)),
+        lambda: torch.nn.functional.batch_norm(torch.ones(0), torch.ones(0), torch.ones(0)),
+    ),
+    "mode": Difference(
+        "train() takes what counts as true",
+        True,
+        False,
+        lambda: bnfast.BatchNorm2d(3).train(1),
+        lambda: torch.nn.BatchNorm2d(3).train(1),
+    ),
 }
-"""What the random sequences meet of the differences by design; the tests below show them all."""
+"""Every difference by design in what is accepted; the random sequences meet some of them."""
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_differences_by_design(name):
+    difference = DIFFERENCES[name]
+    for call, accepts in (
+        (difference.on_bnfast, difference.bnfast_accepts),
+        (difference.on_torch, difference.torch_accepts),
+    ):
+        _, error = error_of(call)
+        assert (error is None) == accepts, error
+    assert difference.bnfast_accepts != difference.torch_accepts
+
+
+def test_a_refused_call_is_counted_by_torch_alone():
+    layer, twin = bnfast.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    one = ONES[:1, :, :1, :1]
+    assert isinstance(error_of(lambda: layer(one))[1], ValueError)
+    assert isinstance(error_of(lambda: twin(torch.tensor(one)))[1], ValueError)
+    assert (layer.num_batches_tracked, int(twin.num_batches_tracked)) == (0, 1)
+
+
+def test_backward_belongs_to_the_last_training_forward(rng):
+    """torch differentiates the output that it is given; a bnfast layer the last one it trained."""
+    x, other = rng.normal(size=(2, 4, 3)), rng.normal(size=(4, 3))
+    layer, twin = bnfast.BatchNorm1d(3, dtype=np.float64), torch.nn.BatchNorm1d(3).double()
+    dy = rng.normal(size=(4, 3))
+    wide = torch.tensor(x[1], requires_grad=True)
+    for batch in x:
+        layer(batch)
+    layer.eval()(other)
+    for batch in (torch.tensor(x[0]), wide):
+        y = twin(batch)
+    twin.eval()(torch.tensor(other))
+    y.backward(torch.tensor(dy))
+    np.testing.assert_allclose(layer.backward(dy), wide.grad.numpy(), rtol=1e-9, atol=1e-12)
 
 
 @over_backends

@@ -9,6 +9,8 @@ same way, must pass all of those tests.
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,8 @@ import numpy as np
 import pytest
 import wrong_kernels
 
-from bnfast.testing import KernelConformance
+from bnfast import registry
+from bnfast.testing import KernelConformance, seeding
 
 TESTS = {name for name in dir(KernelConformance) if name.startswith("test_")}
 
@@ -51,6 +54,7 @@ class Outcome:
         self.enough = enough
         self.passed: Counter[str] = Counter()
         self.failures: dict[str, tuple[str, str]] = {}
+        self.skipped: list[str] = []
         self.others: list[str] = []
 
     def pytest_pycollect_makeitem(self, name: str) -> list[pytest.Item] | None:
@@ -66,8 +70,10 @@ class Outcome:
         """Sort the outcomes."""
         name = item.originalname
         if call.excinfo is None:
-            self.passed[name] += call.when == "call"
-        elif call.when == "call" and call.excinfo.typename != "Skipped":
+            self.passed.update([name] if call.when == "call" else [])
+        elif call.excinfo.typename == "Skipped":
+            self.skipped.append(str(call.excinfo.value))
+        elif call.when == "call":
             self.failures[name] = (call.excinfo.typename, str(call.excinfo.getrepr()))
         else:
             self.others.append(f"{item.nodeid}: {call.excinfo.exconly()} in {call.when}")
@@ -104,6 +110,49 @@ def test_wrong_kernel_is_caught(name, conformance) -> None:
     assert not missed, f"passed on a kernel with {name.replace('_', ' ')}: {sorted(missed)}"
     for test, (error, report) in outcome.failures.items():
         assert error == wrong.error, f"{test} failed otherwise than it should:\n{report}"
+
+
+ABSENT = wrong_kernels.reference_with(
+    "absent", {"unavailable": lambda right, arguments: "the device is switched off"}
+)
+
+
+def test_unavailable_backend_is_skipped_with_its_sentence(conformance) -> None:
+    outcome = conformance("absent", "test_conformance_bites.ABSENT", ["test_empty"])
+    assert not outcome.passed
+    assert set(outcome.skipped) == {"the device is switched off"}
+
+
+def test_unavailable_backend_of_the_table_is_skipped_with_its_sentence(
+    conformance, monkeypatch
+) -> None:
+    row = registry.Entry("absent", "bnfast.no_such_module", "pip install absent", None)
+    monkeypatch.setitem(registry._table, "absent", row)
+    outcome = conformance("absent_too", "'absent'", ["test_empty"])
+    assert not outcome.passed
+    assert set(outcome.skipped) == {f"absent: {registry.list_backends()['absent'].reason}"}
+
+
+@pytest.mark.parametrize("name", ["numpy", "cuda"])
+def test_required_backend_that_cannot_run_fails_the_run(name) -> None:
+    backend = registry.list_backends()[name]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-k", "no_such_test", "--require-backend", name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if backend.available:
+        assert run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+    else:
+        assert run.returncode == pytest.ExitCode.TESTS_FAILED
+        assert f"required backend {name} cannot run here: {backend.reason}" in run.stdout
+
+
+def test_same_seed_gives_the_same_inputs(request) -> None:
+    one, other, next_seed = (seeding.generator(request, seed).random(4) for seed in (1, 1, 2))
+    assert np.array_equal(one, other)
+    assert not np.array_equal(one, next_seed)
 
 
 def test_right_kernel_passes_the_same_way(conformance) -> None:

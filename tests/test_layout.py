@@ -224,7 +224,9 @@ def test_strides_of_axes_of_length_1_mean_nothing(rng, shape, stride, backend):
 
 @over_backends
 @EVERY_LAYOUT
-@pytest.mark.parametrize("shape", [(0, 3, 2, 8), (4, 0, 2, 8), (4, 3, 0, 8), (4, 3, 2, 0), (0,) * 4])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 2, 8), (4, 0, 2, 8), (4, 3, 0, 8), (4, 3, 2, 0), (0,) * 4]
+)
 def test_empty(lies, shape, backend):
     x = LAYOUTS[lies](np.empty(shape, np.float32))
     layer = bnfast.BatchNorm2d(shape[1], backend=backend)

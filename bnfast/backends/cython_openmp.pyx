@@ -51,6 +51,7 @@ cdef extern from "kernels/tasks.h" nogil:
     enum:
         BN_MOMENTS, BN_SUMS, BN_AFFINE, BN_GRADIENT
     Py_ssize_t bn_panels(const bn_call *)
+    Py_ssize_t bn_groups(const bn_call *)
     void bn_combine_moments(bn_call *, Py_ssize_t) noexcept
     void bn_combine_sums(bn_call *, Py_ssize_t) noexcept
     void bn_find_affine(bn_call *, Py_ssize_t) noexcept
@@ -197,7 +198,7 @@ def moments(
         phases[0] = Phase(bn_column_moments, bn_panels(&call))
     else:
         phases[0] = Phase(bn_row_moments, call.channels * call.tiles.count)
-    phases[1] = Phase(bn_combine_moments, call.channels)
+    phases[1] = Phase(bn_combine_moments, bn_groups(&call))
     start(&call, phases, 2, num_threads, BN_MOMENTS)
 
 
@@ -209,21 +210,18 @@ def normalize(
     """See `bnfast.spec.Kernels.normalize`."""
     cdef bn_call call
     cdef Phase[3] phases
-    cdef int count = 0
     describe(&call, x)
     call.mean, call.var = channels(mean), channels(var)
     call.weight, call.bias = channels(weight), channels(bias)
     call.eps, call.relu = eps, relu
     call.residual, call.y = address(residual), address(y)
     phases[0] = Phase(bn_find_affine, call.channels)
+    phases[1] = Phase(bn_pack_affine, 1)
     if call.rows:
-        phases[1] = Phase(bn_pack_affine, 1)
         phases[2] = Phase(bn_column_normalize, call.spans)
-        count = 3
     else:
-        phases[1] = Phase(bn_row_normalize, call.units.count)
-        count = 2
-    start(&call, phases, count, num_threads, BN_AFFINE)
+        phases[2] = Phase(bn_row_normalize, call.units.count)
+    start(&call, phases, 3, num_threads, BN_AFFINE)
 
 
 def train(
@@ -233,26 +231,23 @@ def train(
     """See `bnfast.spec.Kernels.train`."""
     cdef bn_call call
     cdef Phase[4] phases
-    cdef int count
+    cdef int count = 4
     describe(&call, x)
     call.mean, call.m2 = channels(mean), channels(m2)
     call.weight, call.bias = channels(weight), channels(bias)
     call.eps, call.relu = eps, relu
     call.residual, call.y = address(residual), address(y)
+    phases[1] = Phase(bn_moments_to_affine, bn_groups(&call))
+    phases[2] = Phase(bn_pack_affine, 1)
     if call.rows:
         phases[0] = Phase(bn_column_moments, bn_panels(&call))
-        phases[1] = Phase(bn_moments_to_affine, call.channels)
-        phases[2] = Phase(bn_pack_affine, 1)
         phases[3] = Phase(bn_column_normalize_reversed, call.spans)
-        count = 4
     elif keeps_channels_whole(&call, num_threads):
         phases[0] = Phase(bn_channel_train, call.channels)
         count = 1
     else:
         phases[0] = Phase(bn_row_moments, call.channels * call.tiles.count)
-        phases[1] = Phase(bn_moments_to_affine, call.channels)
-        phases[2] = Phase(bn_row_normalize, call.units.count)
-        count = 3
+        phases[3] = Phase(bn_row_normalize, call.units.count)
     start(&call, phases, count, num_threads, BN_MOMENTS | BN_AFFINE)
 
 
@@ -275,7 +270,7 @@ def backward_sums(
     else:
         phases[0] = Phase(bn_row_sums, call.channels * call.tiles.count)
         count = 1
-    phases[count] = Phase(bn_combine_sums, call.channels)
+    phases[count] = Phase(bn_combine_sums, bn_groups(&call))
     start(&call, phases, count + 1, num_threads, BN_SUMS)
 
 
@@ -287,7 +282,6 @@ def backward_input(
     """See `bnfast.spec.Kernels.backward_input`."""
     cdef bn_call call
     cdef Phase[3] phases
-    cdef int phase_count
     describe(&call, x)
     call.dy, call.y_in = address(dy), address(y)
     call.mean, call.invstd, call.weight = channels(mean), channels(invstd), channels(weight)
@@ -295,14 +289,12 @@ def backward_input(
     call.count = count
     call.dx, call.dresidual = address(dx), address(dresidual)
     phases[0] = Phase(bn_find_gradient, call.channels)
+    phases[1] = Phase(bn_pack_gradient, 1)
     if call.rows:
-        phases[1] = Phase(bn_pack_gradient, 1)
         phases[2] = Phase(bn_column_gradient, call.spans)
-        phase_count = 3
     else:
-        phases[1] = Phase(bn_row_gradient, call.units.count)
-        phase_count = 2
-    start(&call, phases, phase_count, num_threads, BN_GRADIENT)
+        phases[2] = Phase(bn_row_gradient, call.units.count)
+    start(&call, phases, 3, num_threads, BN_GRADIENT)
 
 
 def backward(
@@ -314,25 +306,23 @@ def backward(
     """See `bnfast.spec.Kernels.backward`."""
     cdef bn_call call
     cdef Phase[5] phases
-    cdef int count
+    cdef int count = 5
     describe(&call, x)
     call.dy, call.y_in = address(dy), address(y)
     call.mean, call.invstd, call.weight = channels(mean), channels(invstd), channels(weight)
     call.sum_dy, call.sum_dy_xhat = channels(sum_dy), channels(sum_dy_xhat)
     call.dx, call.dresidual = address(dx), address(dresidual)
+    phases[2] = Phase(bn_sums_to_gradient, bn_groups(&call))
+    phases[3] = Phase(bn_pack_gradient, 1)
     if call.rows:
         phases[0] = Phase(bn_find_wide_mean, call.channels)
         phases[1] = Phase(bn_column_sums, bn_panels(&call))
-        phases[2] = Phase(bn_sums_to_gradient, call.channels)
-        phases[3] = Phase(bn_pack_gradient, 1)
         phases[4] = Phase(bn_column_gradient_reversed, call.spans)
-        count = 5
     elif keeps_channels_whole(&call, num_threads):
         phases[0] = Phase(bn_channel_backward, call.channels)
         count = 1
     else:
         phases[0] = Phase(bn_row_sums, call.channels * call.tiles.count)
-        phases[1] = Phase(bn_sums_to_gradient, call.channels)
-        phases[2] = Phase(bn_row_gradient, call.units.count)
-        count = 3
+        phases[1].parts = 0
+        phases[4] = Phase(bn_row_gradient, call.units.count)
     start(&call, phases, count, num_threads, BN_SUMS | BN_GRADIENT)

@@ -45,6 +45,7 @@ __all__ = [
 _FORMS: dict[int, ModuleType] = {3: rows, 2: columns}
 _FLOAT64 = np.dtype(np.float64)
 _serial_only = False
+_numba: Any = numba  # which does not declare its public names to type checkers
 
 
 def unavailable() -> str | None:
@@ -54,14 +55,13 @@ def unavailable() -> str | None:
 
 @functools.cache
 def instruction_set() -> str:
-    """Return the widest vector extension of this CPU that Numba compiles for."""
-    target = numba.config.CPU_FEATURES
-    features = target.split(",") if target is not None else None
+    """Return the widest vector extension that Numba compiles for here."""
+    features = _numba.config.CPU_FEATURES  # what the user set, else None
     if features is None:
-        host = binding.get_host_cpu_features()
-        features = [f"+{name}" for name, present in host.items() if present]
-    for flag, name in (("+avx512f", "avx512"), ("+avx2", "avx2"), ("+avx", "avx"), ("+neon", "neon")):
-        if flag in features:
+        features = binding.get_host_cpu_features().flatten()
+    present = features.split(",")
+    for name in ("avx512f", "avx2", "avx", "neon"):
+        if f"+{name}" in present:
             return name
     return "baseline"
 
@@ -196,20 +196,20 @@ def backward(
 
 def _run(name: str, num_threads: int, x: Floats, *arguments: Any) -> None:
     """Call the build of a kernel that fits ``x`` and the number of threads."""
-    threads = min(num_threads, numba.config.NUMBA_NUM_THREADS)
+    threads = min(num_threads, _numba.config.NUMBA_NUM_THREADS)
     if threads == 1 or _serial_only:
         _kernel(name, x.ndim, x.dtype, False)(x, *arguments, 1)
         return
     kernel = _kernel(name, x.ndim, x.dtype, True)
-    before = numba.get_num_threads()
+    before = _numba.get_num_threads()
     if before == threads:
         kernel(x, *arguments, threads)
         return
-    numba.set_num_threads(threads)
+    _numba.set_num_threads(threads)
     try:
         kernel(x, *arguments, threads)
     finally:
-        numba.set_num_threads(before)
+        _numba.set_num_threads(before)
 
 
 @functools.cache
@@ -226,7 +226,7 @@ def _kernel(name: str, ndim: int, dtype: np.dtype[Any], parallel: bool) -> compi
 def _after_fork_in_child() -> None:
     global _serial_only
     try:
-        _serial_only = _serial_only or numba.threading_layer() == "omp"
+        _serial_only = _serial_only or _numba.threading_layer() == "omp"
     except ValueError:  # no worker thread has been started
         pass
 

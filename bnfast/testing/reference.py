@@ -81,7 +81,8 @@ def moments(x: Wide) -> Moments:
 
 def standardize(x: Wide, mean: Wide, var: Wide, eps: float) -> Wide:
     """Return xhat, the distance of each element from the mean in standard deviations."""
-    return (x - mean[:, None]) / np.sqrt(var + wide(eps))[:, None]
+    xhat: Wide = (x - mean[:, None]) / np.sqrt(var + wide(eps))[:, None]
+    return xhat
 
 
 def affine(xhat: Wide, weight: Wide, bias: Wide, residual: Wide | None, *, relu: bool) -> Wide:

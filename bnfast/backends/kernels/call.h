@@ -18,6 +18,11 @@
 #define BN_TILE 16384
 #define BN_PART 4096
 
+/* Elements of a part of a channels-last reduction, at least, and rows, so that merging the parts'
+   results stays a small share of the work. */
+#define BN_ROW_PART 16384
+#define BN_ROW_PART_ROWS 64
+
 #define BN_FOLD 64
 #define BN_ROW_PARTS 64
 
@@ -32,6 +37,9 @@ typedef struct {
 typedef struct {
     double dy, dy_x;
 } bn_sums;
+
+/* Numbers that a channel packs, at most: four, and whether they fit. */
+#define BN_PACKED 5
 
 /* What a call needs beside its arrays. */
 enum { BN_MOMENTS = 1, BN_SUMS = 2, BN_AFFINE = 4, BN_GRADIENT = 8 };
@@ -58,7 +66,7 @@ typedef struct {
     double *wide_mean;                /* channels-last: the mean of every column of a wide row */
     bn_affine *affine;                /* per channel, or per column of a wide row */
     bn_gradient *gradient;
-    char *packed;                     /* channels-last: the same in the dtype of x */
+    char *packed;                     /* the same in the dtype of x */
 } bn_call;
 
 /* Cut runs into tiles of about `elements`: whole runs, or pieces of one that end on whole steps of
@@ -107,7 +115,7 @@ static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_inde
     call->fold = 1;
     call->width = channels;
     if (!last) {
-        call->tiles = bn_tile(outer, inner, BN_TILE);
+        call->tiles = bn_tile(outer, inner, inner < BN_LANES ? BN_CHAIN : BN_TILE);
         call->units = bn_tile(outer * channels, inner, BN_PART);
         return;
     }
@@ -117,11 +125,11 @@ static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_inde
     call->width = call->fold * channels;
     call->rows = outer / call->fold;
     call->rest = outer % call->fold * channels;
-    call->parts = bn_min(BN_ROW_PARTS, bn_ceil(call->rows, BN_BLOCK_ROWS_MIN));
-    call->part_rows = bn_ceil(call->rows, call->parts);
+    call->part_rows = bn_max(bn_max(BN_ROW_PART_ROWS, BN_ROW_PART / call->width),
+                             bn_ceil(call->rows, BN_ROW_PARTS));
     call->parts = bn_ceil(call->rows, call->part_rows);
     call->column_tiles = bn_ceil(call->width, BN_COLUMNS);
-    call->span_rows = bn_max(1, BN_PART / call->width);
+    call->span_rows = bn_ceil(bn_max(1, BN_PART / call->width), 4) * 4;
     call->spans = bn_ceil(call->rows * call->width + call->rest, call->span_rows * call->width);
 }
 
@@ -136,7 +144,7 @@ static inline void *bn_allocate(bn_call *call, int needs)
                             needs & BN_SUMS ? width * sizeof(double) : 0,
                             needs & BN_AFFINE ? width * sizeof(bn_affine) : 0,
                             needs & BN_GRADIENT ? width * sizeof(bn_gradient) : 0,
-                            (4 * width + 1) * sizeof(double)};
+                            BN_PACKED * (width + 1) * sizeof(double)};
     char *const block = (char *)malloc(sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] +
                                        sizes[5]);
     if (!block)

@@ -127,25 +127,34 @@ static void FN(column_sums)(const char *dy_bytes, const char *x_bytes, const cha
     }
 }
 
-/* The channel vectors of an elementwise kernel in REAL, one after the other, then one REAL that
-   says whether every channel fits. */
-static void FN(pack_affine)(const bn_affine *affine, bn_index width, char *packed)
+/* `rows` rows at once, so that the channel vectors are loaded once for all of them. */
+static inline void FN(affine_rows_as)(const REAL *x, const REAL *residual, REAL *y, bn_index width,
+                                      bn_index n, const REAL *head, const REAL *scale,
+                                      const REAL *shift, const int rows, const int add,
+                                      const int relu)
 {
-    REAL *head = (REAL *)packed, *scale = head + width, *shift = scale + width;
-    int fits = 1;
-    for (bn_index c = 0; c < width; c++) {
-        head[c] = (REAL)affine[c].mean;
-        scale[c] = (REAL)affine[c].scale;
-        shift[c] = FN(affine_shift)(affine[c]);
-        fits &= FN(affine_fits)(affine[c]);
+    BN_SIMD for (bn_index c = 0; c < n; c++) {
+        const REAL h = head[c], s = scale[c], t = shift[c];
+        for (int row = 0; row < rows; row++) {
+            const bn_index i = row * width + c;
+            y[i] = FN(affine)(x[i], add ? residual[i] : 0, h, s, t, add, relu);
+        }
     }
-    shift[width] = (REAL)fits;
 }
 
-static inline void FN(affine_row)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
-                                  const REAL *head, const REAL *scale, const REAL *shift, int relu)
+/* Four wide rows, or (with `n` columns) one that may be a part of one. */
+static inline void FN(affine_rows)(const REAL *x, const REAL *residual, REAL *y, bn_index width,
+                                   bn_index n, const REAL *head, const REAL *scale,
+                                   const REAL *shift, const int rows, int relu)
 {
-    BN_AFFINE_LOOPS(head[i], scale[i], shift[i])
+    if (residual && relu)
+        FN(affine_rows_as)(x, residual, y, width, n, head, scale, shift, rows, 1, 1);
+    else if (residual)
+        FN(affine_rows_as)(x, residual, y, width, n, head, scale, shift, rows, 1, 0);
+    else if (relu)
+        FN(affine_rows_as)(x, NULL, y, width, n, head, scale, shift, rows, 0, 1);
+    else
+        FN(affine_rows_as)(x, NULL, y, width, n, head, scale, shift, rows, 0, 0);
 }
 
 /* `elements` adjacent elements from column 0 on; the last row may be a part of one. Channels whose
@@ -158,45 +167,76 @@ static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes
     REAL *y = (REAL *)y_bytes;
     const REAL *head = (const REAL *)packed, *scale = head + width, *shift = scale + width;
     const int fits = shift[width] != 0;
-    for (bn_index at = 0; at < elements; at += width) {
+    bn_index at = 0;
+    for (; fits && at + 4 * width <= elements; at += 4 * width)
+        FN(affine_rows)(x + at, residual ? residual + at : NULL, y + at, width, width, head, scale,
+                        shift, 4, relu);
+    for (; at < elements; at += width) {
         const bn_index n = bn_min(width, elements - at);
         const REAL *r = residual ? residual + at : NULL;
+        if (fits)
+            FN(affine_rows)(x + at, r, y + at, width, n, head, scale, shift, 1, relu);
         for (bn_index c = 0; !fits && c < n; c++)
             if (FN(affine_fits)(affine[c]))
                 FN(affine_run)(x + at + c, r ? r + c : NULL, y + at + c, 1, head[c], scale[c],
                                shift[c], relu);
             else
                 y[at + c] = FN(affine_wide)(x[at + c], r ? r + c : NULL, affine[c], relu);
-        if (fits)
-            FN(affine_row)(x + at, r, y + at, n, head, scale, shift, relu);
     }
 }
 
-static void FN(pack_gradient)(const bn_gradient *gradient, bn_index width, char *packed)
-{
-    REAL *head = (REAL *)packed, *g_scale = head + width, *x_scale = g_scale + width;
-    REAL *shift = x_scale + width;
-    int fits = 1;
-    for (bn_index c = 0; c < width; c++) {
-        head[c] = (REAL)gradient[c].mean;
-        g_scale[c] = (REAL)gradient[c].g_scale;
-        x_scale[c] = (REAL)gradient[c].x_scale;
-        shift[c] = FN(gradient_shift)(gradient[c]);
-        fits &= FN(gradient_fits)(gradient[c]);
-    }
-    shift[width] = (REAL)fits;
-}
-
-static inline void FN(gradient_row)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
-                                    REAL *dresidual, bn_index width, const REAL *head,
-                                    const REAL *g_scale, const REAL *x_scale, const REAL *shift)
+/* As affine_rows_as; dresidual is written first, so that dx may be dy. */
+static inline void FN(gradient_rows)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+                                     REAL *dresidual, bn_index width, bn_index n, const REAL *head,
+                                     const REAL *g_scale, const REAL *x_scale, const REAL *shift,
+                                     const int rows)
 {
     if (dresidual)
-        BN_SIMD for (bn_index c = 0; c < width; c++)
-            dresidual[c] = FN(masked)(dy, y, c);
-    BN_SIMD for (bn_index c = 0; c < width; c++) {
-        const REAL spread = FN(mad)(x[c] - head[c], x_scale[c], shift[c]);
-        dx[c] = FN(mad)(FN(masked)(dy, y, c), g_scale[c], x_scale[c] == 0 ? shift[c] : spread);
+        for (int row = 0; row < rows; row++)
+            BN_SIMD for (bn_index c = 0; c < n; c++)
+                dresidual[row * width + c] = FN(masked)(dy, y, row * width + c);
+    BN_SIMD for (bn_index c = 0; c < n; c++) {
+        const REAL h = head[c], gs = g_scale[c], xs = x_scale[c], t = shift[c];
+        for (int row = 0; row < rows; row++) {
+            const bn_index i = row * width + c;
+            dx[i] = FN(gradient)(FN(masked)(dy, y, i), x[i], h, gs, xs, t);
+        }
+    }
+}
+
+static inline void FN(gradient_one)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+                                    REAL *dresidual, const bn_gradient *gradient,
+                                    const REAL *head, const REAL *g_scale, const REAL *x_scale,
+                                    const REAL *shift)
+{
+    const REAL g = FN(masked)(dy, y, 0);
+    if (dresidual)
+        *dresidual = g;
+    *dx = FN(gradient_fits)(*gradient) ? FN(gradient)(g, *x, *head, *g_scale, *x_scale, *shift)
+                                       : FN(gradient_wide)(g, *x, *gradient);
+}
+
+static inline void FN(column_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+                                          REAL *dresidual, bn_index elements, bn_index width,
+                                          const bn_gradient *gradient, const REAL *head)
+{
+    const REAL *g_scale = head + width, *x_scale = g_scale + width, *shift = x_scale + width;
+    const int fits = shift[width] != 0;
+    bn_index at = 0;
+    for (; fits && at + 4 * width <= elements; at += 4 * width)
+        FN(gradient_rows)(dy + at, x + at, y ? y + at : NULL, dx + at,
+                          dresidual ? dresidual + at : NULL, width, width, head, g_scale, x_scale,
+                          shift, 4);
+    for (; at < elements; at += width) {
+        const bn_index n = bn_min(width, elements - at);
+        if (fits)
+            FN(gradient_rows)(dy + at, x + at, y ? y + at : NULL, dx + at,
+                              dresidual ? dresidual + at : NULL, width, n, head, g_scale, x_scale,
+                              shift, 1);
+        for (bn_index c = 0; !fits && c < n; c++)
+            FN(gradient_one)(dy + at + c, x + at + c, y ? y + at + c : NULL, dx + at + c,
+                             dresidual ? dresidual + at + c : NULL, gradient + c, head + c,
+                             g_scale + c, x_scale + c, shift + c);
     }
 }
 
@@ -205,33 +245,10 @@ static void FN(column_gradient)(const char *dy_bytes, const char *x_bytes, const
                                 bn_index width, const bn_gradient *gradient, const char *packed)
 {
     const REAL *dy = (const REAL *)dy_bytes, *x = (const REAL *)x_bytes;
-    const REAL *y = (const REAL *)y_bytes;
+    const REAL *y = (const REAL *)y_bytes, *head = (const REAL *)packed;
     REAL *dx = (REAL *)dx_bytes, *dresidual = (REAL *)dresidual_bytes;
-    const REAL *head = (const REAL *)packed, *g_scale = head + width, *x_scale = g_scale + width;
-    const REAL *shift = x_scale + width;
-    const int fits = shift[width] != 0;
-    for (bn_index at = 0; at < elements; at += width) {
-        const bn_index n = bn_min(width, elements - at);
-        REAL *dr = dresidual ? dresidual + at : NULL;
-        const REAL *ya = y ? y + at : NULL;
-        for (bn_index c = 0; !fits && c < n; c++) {
-            const REAL g = FN(masked)(dy + at, ya, c);
-            if (!FN(gradient_fits)(gradient[c])) {
-                if (dr)
-                    dr[c] = g;
-                dx[at + c] = FN(gradient_wide)(g, x[at + c], gradient[c]);
-            } else
-                FN(gradient_row)(dy + at + c, x + at + c, ya ? ya + c : NULL, dx + at + c,
-                                 dr ? dr + c : NULL, 1, head + c, g_scale + c, x_scale + c,
-                                 shift + c);
-        }
-        if (!fits)
-            continue;
-        if (y)
-            FN(gradient_row)(dy + at, x + at, ya, dx + at, dr, n, head, g_scale, x_scale, shift);
-        else
-            FN(gradient_row)(dy + at, x + at, NULL, dx + at, dr, n, head, g_scale, x_scale, shift);
-    }
+    if (y)
+        FN(column_gradient_as)(dy, x, y, dx, dresidual, elements, width, gradient, head);
+    else
+        FN(column_gradient_as)(dy, x, NULL, dx, dresidual, elements, width, gradient, head);
 }
-
-#undef BN_AFFINE_LOOPS

@@ -27,6 +27,18 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
    AVX2, eight SSE2, and fix the order of additions for all of them. */
 #define BN_LANES 16
 
+/* Elements that go through the lanes before these are emptied: 64 additions in a row each. */
+#define BN_CHAIN 1024
+
+#if defined(__GNUC__)
+#define BN_NOINLINE __attribute__((noinline))
+#else
+#define BN_NOINLINE
+#endif
+
+/* The loop that follows may be vectorised: no iteration reads what another one writes. */
+#define BN_SIMD _Pragma("omp simd")
+
 /* Channels-last loops keep their sums on the stack, this many columns at a time (4 KiB each). */
 #define BN_COLUMNS 512
 
@@ -56,11 +68,14 @@ typedef struct {
     void (*row_moments)(const char *x, bn_index runs, bn_index length, bn_index stride,
                         bn_moments *moments);
     void (*row_normalize)(const char *x, const char *residual, char *y, bn_index runs,
-                          bn_index length, bn_index stride, bn_affine affine, int relu);
+                          bn_index length, bn_index stride, const bn_affine *affine,
+                          const char *packed, bn_index channels, bn_index channel, int relu);
     void (*row_sums)(const char *dy, const char *x, const char *y, bn_index runs, bn_index length,
                      bn_index stride, double mean, double *sum_dy, double *sum_dy_x);
     void (*row_gradient)(const char *dy, const char *x, const char *y, char *dx, char *dresidual,
-                         bn_index runs, bn_index length, bn_index stride, bn_gradient gradient);
+                         bn_index runs, bn_index length, bn_index stride,
+                         const bn_gradient *gradient, const char *packed, bn_index channels,
+                         bn_index channel);
     void (*column_moments)(const char *x, bn_index rows, bn_index width, bn_index stride,
                            bn_moments *moments);
     void (*column_normalize)(const char *x, const char *residual, char *y, bn_index elements,
@@ -83,15 +98,20 @@ static inline int bn_fits(double value)
     return !(magnitude > limit || (magnitude < 1.0 / limit && magnitude != 0.0));
 }
 
-static inline double bn_total(const double *lanes, const double *tail)
+/* An initialiser would become `rep stos`, which takes longer than the sum of 49 elements. */
+#define BN_ZERO(lane) BN_SIMD for (int zero = 0; zero < BN_LANES; zero++) (lane)[zero] = 0.0
+
+/* From bn_keep + rest on: 0 for all lanes but the last `rest`, 1 for these. */
+static const double bn_keep[2 * BN_LANES] = {[BN_LANES] = 1, 1, 1, 1, 1, 1, 1, 1,
+                                             1, 1, 1, 1, 1, 1, 1, 1};
+
+/* The sum of the lanes, in a fixed order. */
+static inline double bn_total(double *lane)
 {
-    double sum[BN_LANES];
-    for (int k = 0; k < BN_LANES; k++)
-        sum[k] = lanes[k] + tail[k];
     for (int half = BN_LANES / 2; half; half /= 2)
         for (int k = 0; k < half; k++)
-            sum[k] += sum[k + half];
-    return sum[0];
+            lane[k] += lane[k + half];
+    return lane[0];
 }
 
 /* Turn a block's first mean, and the sums of deviations from it and of their squares, into its
@@ -105,9 +125,6 @@ static inline bn_moments bn_corrected(double first, double deviation, double squ
 
 /* How far the mean of `a` is from the first mean of `b`. */
 static inline double bn_distance(bn_moments a, bn_moments b) { return (a.mean - b.mean) + a.low; }
-
-/* The loop that follows may be vectorised: no iteration reads what another one writes. */
-#define BN_SIMD _Pragma("omp simd")
 
 #define BN_JOIN_(a, b, c) a##_##b##_##c
 #define BN_JOIN(a, b, c) BN_JOIN_(a, b, c)

@@ -1,81 +1,140 @@
-/* Channels-first kernels. A tile is `runs` runs of `length` adjacent elements of one channel,
-   `stride` elements apart:
+/* Channels-first kernels. A tile is `runs` runs of `length` adjacent elements, `stride` apart:
 
        |<-length->|
        xxxxxxxxxxxx....other channels....xxxxxxxxxxxx....other channels....xxxxxxxxxxxx
        |<-------------stride------------>|
 
-   Sums run in 16 lanes over the whole of each run's full steps; what is left at the runs' ends goes
-   in turn to 16 lanes of its own, so that the main lanes stay in registers (a lane that is indexed by a
-   variable would drag all of them to memory). BN_SIMD stands at the inner loops: without it gcc 12
-   unrolls them first and then finds no vectors (a float32 pass for the squares took 0.31 ns an
-   element with AVX2, and 0.09 with it). Needs REAL, FN, BN_IS_DOUBLE. */
+   A run is summed in pieces of BN_CHAIN elements or a little more, in 16 lanes, each of which takes
+   some 64 additions before it is emptied: float32 data at a large mean has few distinct deviations,
+   whose squares round the same way each time, and an error that grows with the length of a chain
+   must not find a long one. The rest of a piece is a step of 16 that overlaps the one before, with
+   the lanes that were counted already multiplied by 0. Runs below 16 elements are added one by one.
 
+   BN_SIMD stands at the inner loops, and they are functions of their own: else gcc 12 unrolls them
+   and finds no vectors, or keeps a lane in memory (a float32 pass for the squares took 0.31 and
+   0.15 ns an element; 0.09 with AVX2, 0.06 with AVX-512 as it is). Needs REAL, FN, BN_IS_DOUBLE. */
+
+static inline bn_index FN(piece)(bn_index left) { return left < 2 * BN_CHAIN ? left : BN_CHAIN; }
+
+BN_NOINLINE static void FN(add)(const REAL *x, bn_index n, double *sum)
+{
+    const bn_index rest = n % BN_LANES;
+    double lane[BN_LANES];
+    BN_ZERO(lane);
+    for (bn_index i = 0; i < n - rest; i += BN_LANES)
+        BN_SIMD for (int k = 0; k < BN_LANES; k++)
+            lane[k] += x[i + k];
+    if (rest)
+        BN_SIMD for (int k = 0; k < BN_LANES; k++)
+            lane[k] += bn_keep[rest + k] * x[n - BN_LANES + k];
+    BN_SIMD for (int k = 0; k < BN_LANES; k++)
+        sum[k] += lane[k];
+}
+
+BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index n, double first, double *deviation,
+                                        double *square)
+{
+    const bn_index rest = n % BN_LANES;
+    double off[BN_LANES], squares[BN_LANES];
+    BN_ZERO(off);
+    BN_ZERO(squares);
+    for (bn_index i = 0; i < n - rest; i += BN_LANES)
+        BN_SIMD for (int k = 0; k < BN_LANES; k++) {
+            const double d = x[i + k] - first;
+            off[k] += d;
+            squares[k] = FN(wide_mad)(d, d, squares[k]);
+        }
+    if (rest)
+        BN_SIMD for (int k = 0; k < BN_LANES; k++) {
+            const double d = bn_keep[rest + k] * (x[n - BN_LANES + k] - first);
+            off[k] += d;
+            squares[k] = FN(wide_mad)(d, d, squares[k]);
+        }
+    BN_SIMD for (int k = 0; k < BN_LANES; k++) {
+        deviation[k] += off[k];
+        square[k] += squares[k];
+    }
+}
+
+/* Two passes over a tile, the second from the cache: the sum, then the deviations from the mean. */
 static void FN(row_moments)(const char *x_bytes, bn_index runs, bn_index length, bn_index stride,
                             bn_moments *moments)
 {
     const REAL *x = (const REAL *)x_bytes;
-    const bn_index full = length - length % BN_LANES;
     const double count = (double)runs * (double)length;
-    double lane[BN_LANES] = {0}, tail[BN_LANES] = {0};
-    size_t slot = 0;
-    for (bn_index run = 0; run < runs; run++) {
-        const REAL *p = x + run * stride;
-        for (bn_index i = 0; i < full; i += BN_LANES)
-            BN_SIMD for (int k = 0; k < BN_LANES; k++)
-                lane[k] += p[i + k];
-        for (bn_index i = full; i < length; i++)
-            tail[slot++ % BN_LANES] += p[i];
-    }
-    const double first = bn_total(lane, tail) / count;
-    double off[BN_LANES] = {0}, off_tail[BN_LANES] = {0};
-    double square[BN_LANES] = {0}, square_tail[BN_LANES] = {0};
-    slot = 0;
-    for (bn_index run = 0; run < runs; run++) {
-        const REAL *p = x + run * stride;
-        for (bn_index i = 0; i < full; i += BN_LANES)
-            BN_SIMD for (int k = 0; k < BN_LANES; k++) {
-                const double d = p[i + k] - first;
-                off[k] += d;
-                square[k] = FN(wide_mad)(d, d, square[k]);
-            }
-        for (bn_index i = full; i < length; i++, slot++) {
-            const double d = p[i] - first;
-            off_tail[slot % BN_LANES] += d;
-            square_tail[slot % BN_LANES] = FN(wide_mad)(d, d, square_tail[slot % BN_LANES]);
+    double sum[BN_LANES], deviation[BN_LANES], square[BN_LANES];
+    BN_ZERO(sum);
+    BN_ZERO(deviation);
+    BN_ZERO(square);
+    for (bn_index run = 0, n; run < runs; run++)
+        for (bn_index i = 0; i < length; i += n) {
+            n = FN(piece)(length - i);
+            if (n >= BN_LANES)
+                FN(add)(x + run * stride + i, n, sum);
+            else
+                for (bn_index k = 0; k < n; k++)
+                    sum[(run * n + k) % BN_LANES] += x[run * stride + k];
         }
-    }
-    *moments = bn_corrected(first, bn_total(off, off_tail), bn_total(square, square_tail), count);
+    const double first = bn_total(sum) / count;
+    for (bn_index run = 0, n; run < runs; run++)
+        for (bn_index i = 0; i < length; i += n) {
+            n = FN(piece)(length - i);
+            if (n >= BN_LANES)
+                FN(add_squares)(x + run * stride + i, n, first, deviation, square);
+            else
+                for (bn_index k = 0; k < n; k++) {
+                    const double d = x[run * stride + k] - first;
+                    deviation[(run * n + k) % BN_LANES] += d;
+                    square[(run * n + k) % BN_LANES] += d * d;
+                }
+        }
+    *moments = bn_corrected(first, bn_total(deviation), bn_total(square), count);
 }
 
-/* y = act((x - head) * scale + shift + residual) for i < n, in names of the place where it stands.
-   The mean may have more digits than REAL: its head is subtracted, its tail is in the shift. The
-   pragma states that no iteration reads what another writes: true of y == x and y == residual. */
-#define BN_AFFINE_LOOPS(HEAD, SCALE, SHIFT)                                      \
-    if (residual && relu)                                                        \
-        BN_SIMD for (bn_index i = 0; i < n; i++) {                               \
-            const REAL normal = FN(mad)(x[i] - (HEAD), SCALE, SHIFT);             \
-            const REAL sum = normal + residual[i];                               \
-            y[i] = sum < 0 ? 0 : sum;                                            \
-        }                                                                        \
-    else if (residual)                                                           \
-        BN_SIMD for (bn_index i = 0; i < n; i++) {                               \
-            const REAL normal = FN(mad)(x[i] - (HEAD), SCALE, SHIFT);             \
-            y[i] = normal + residual[i];                                         \
-        }                                                                        \
-    else if (relu)                                                               \
-        BN_SIMD for (bn_index i = 0; i < n; i++) {                               \
-            const REAL normal = FN(mad)(x[i] - (HEAD), SCALE, SHIFT);             \
-            y[i] = normal < 0 ? 0 : normal;                                      \
-        }                                                                        \
-    else                                                                         \
-        BN_SIMD for (bn_index i = 0; i < n; i++)                                 \
-            y[i] = FN(mad)(x[i] - (HEAD), SCALE, SHIFT);
+/* y = act((x - head) * scale + shift + residual). The mean may have more digits than REAL: its head
+   is subtracted, its tail is in the shift. */
+static inline REAL FN(affine)(REAL x, REAL residual, REAL head, REAL scale, REAL shift, int add,
+                              int relu)
+{
+    const REAL normal = FN(mad)(x - head, scale, shift);
+    const REAL sum = add ? normal + residual : normal;
+    return relu && sum < 0 ? 0 : sum;
+}
+
+/* The same over one run, for constant `add` and `relu`. The end of a run that is no multiple of the
+   lanes is done as one step of 16 that overlaps the last full one; its inputs are read first, since
+   y may be x or residual. */
+static inline void FN(affine_run_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                     REAL head, REAL scale, REAL shift, const int add,
+                                     const int relu)
+{
+    REAL last_x[BN_LANES], last_residual[BN_LANES] = {0};
+    const int overlaps = n > BN_LANES && n % BN_LANES;
+    const bn_index end = overlaps ? n - n % BN_LANES : n;
+    if (overlaps) {
+        memcpy(last_x, x + n - BN_LANES, sizeof last_x);
+        if (add)
+            memcpy(last_residual, residual + n - BN_LANES, sizeof last_residual);
+    }
+    BN_SIMD for (bn_index i = 0; i < end; i++)
+        y[i] = FN(affine)(x[i], add ? residual[i] : 0, head, scale, shift, add, relu);
+    if (overlaps)
+        BN_SIMD for (int k = 0; k < BN_LANES; k++)
+            y[n - BN_LANES + k] =
+                FN(affine)(last_x[k], last_residual[k], head, scale, shift, add, relu);
+}
 
 static inline void FN(affine_run)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
                                   REAL head, REAL scale, REAL shift, int relu)
 {
-    BN_AFFINE_LOOPS(head, scale, shift)
+    if (residual && relu)
+        FN(affine_run_as)(x, residual, y, n, head, scale, shift, 1, 1);
+    else if (residual)
+        FN(affine_run_as)(x, residual, y, n, head, scale, shift, 1, 0);
+    else if (relu)
+        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, 0, 1);
+    else
+        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, 0, 0);
 }
 
 /* One element in double, rounded where the definition rounds: for channels whose numbers do not
@@ -98,23 +157,42 @@ static inline REAL FN(affine_shift)(bn_affine affine)
     return (REAL)(affine.bias - (affine.mean - (REAL)affine.mean) * affine.scale);
 }
 
+/* The channel vectors of an elementwise kernel in REAL, one after the other, then one REAL that
+   says whether every channel fits. */
+static void FN(pack_affine)(const bn_affine *affine, bn_index width, char *packed)
+{
+    REAL *head = (REAL *)packed, *scale = head + width, *shift = scale + width;
+    int fits = 1;
+    for (bn_index c = 0; c < width; c++) {
+        head[c] = (REAL)affine[c].mean;
+        scale[c] = (REAL)affine[c].scale;
+        shift[c] = FN(affine_shift)(affine[c]);
+        fits &= FN(affine_fits)(affine[c]);
+    }
+    shift[width] = (REAL)fits;
+}
+
+/* The first run belongs to `channel`, the next to the one after it, round and round. */
 static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, char *y_bytes,
-                              bn_index runs, bn_index length, bn_index stride, bn_affine affine,
-                              int relu)
+                              bn_index runs, bn_index length, bn_index stride,
+                              const bn_affine *affine, const char *packed, bn_index channels,
+                              bn_index channel, int relu)
 {
     const REAL *x = (const REAL *)x_bytes, *residual = (const REAL *)residual_bytes;
     REAL *y = (REAL *)y_bytes;
-    const REAL head = (REAL)affine.mean, scale = (REAL)affine.scale;
-    const REAL shift = FN(affine_shift)(affine);
-    const int fits = FN(affine_fits)(affine);
+    const REAL *head = (const REAL *)packed, *scale = head + channels, *shift = scale + channels;
+    const int fits = shift[channels] != 0;
     for (bn_index run = 0; run < runs; run++) {
         const bn_index at = run * stride;
         const REAL *r = residual ? residual + at : NULL;
-        if (fits)
-            FN(affine_run)(x + at, r, y + at, length, head, scale, shift, relu);
+        if (fits || FN(affine_fits)(affine[channel]))
+            FN(affine_run)(x + at, r, y + at, length, head[channel], scale[channel],
+                           shift[channel], relu);
         else
             for (bn_index i = 0; i < length; i++)
-                y[at + i] = FN(affine_wide)(x[at + i], r ? r + i : NULL, affine, relu);
+                y[at + i] = FN(affine_wide)(x[at + i], r ? r + i : NULL, affine[channel], relu);
+        if (++channel == channels)
+            channel = 0;
     }
 }
 
@@ -126,31 +204,41 @@ static inline REAL FN(masked)(const REAL *dy, const REAL *y, bn_index i)
     return !y || y[i] > 0 ? g : 0;
 }
 
-static inline void FN(sums)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
-                            bn_index length, bn_index stride, double mean, double *sum_dy,
-                            double *sum_dy_x)
+static inline void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y, bn_index n,
+                                    double mean, double *sum_dy, double *sum_dy_x)
 {
-    const bn_index full = length - length % BN_LANES;
-    double g_lane[BN_LANES] = {0}, g_tail[BN_LANES] = {0};
-    double gx_lane[BN_LANES] = {0}, gx_tail[BN_LANES] = {0};
-    size_t slot = 0;
-    for (bn_index run = 0; run < runs; run++) {
-        const bn_index at = run * stride;
-        for (bn_index i = at; i < at + full; i += BN_LANES)
-            BN_SIMD for (int k = 0; k < BN_LANES; k++) {
-                const double g = FN(masked)(dy, y, i + k);
-                g_lane[k] += g;
-                gx_lane[k] = FN(wide_mad)(g, x[i + k] - mean, gx_lane[k]);
-            }
-        for (bn_index i = at + full; i < at + length; i++, slot++) {
-            const double g = FN(masked)(dy, y, i);
-            g_tail[slot % BN_LANES] += g;
-            gx_tail[slot % BN_LANES] =
-                FN(wide_mad)(g, x[i] - mean, gx_tail[slot % BN_LANES]);
+    const bn_index rest = n % BN_LANES, last = n - BN_LANES;
+    double g_lane[BN_LANES], gx_lane[BN_LANES];
+    BN_ZERO(g_lane);
+    BN_ZERO(gx_lane);
+    for (bn_index i = 0; i < n - rest; i += BN_LANES)
+        BN_SIMD for (int k = 0; k < BN_LANES; k++) {
+            const double g = FN(masked)(dy, y, i + k);
+            g_lane[k] += g;
+            gx_lane[k] = FN(wide_mad)(g, x[i + k] - mean, gx_lane[k]);
         }
+    if (rest)
+        BN_SIMD for (int k = 0; k < BN_LANES; k++) {
+            const double g = bn_keep[rest + k] * FN(masked)(dy, y, last + k);
+            g_lane[k] += g;
+            gx_lane[k] = FN(wide_mad)(g, x[last + k] - mean, gx_lane[k]);
+        }
+    BN_SIMD for (int k = 0; k < BN_LANES; k++) {
+        sum_dy[k] += g_lane[k];
+        sum_dy_x[k] += gx_lane[k];
     }
-    *sum_dy = bn_total(g_lane, g_tail);
-    *sum_dy_x = bn_total(gx_lane, gx_tail);
+}
+
+BN_NOINLINE static void FN(add_plain)(const REAL *dy, const REAL *x, bn_index n, double mean,
+                                      double *sum_dy, double *sum_dy_x)
+{
+    FN(add_products)(dy, x, NULL, n, mean, sum_dy, sum_dy_x);
+}
+
+BN_NOINLINE static void FN(add_masked)(const REAL *dy, const REAL *x, const REAL *y, bn_index n,
+                                       double mean, double *sum_dy, double *sum_dy_x)
+{
+    FN(add_products)(dy, x, y, n, mean, sum_dy, sum_dy_x);
 }
 
 static void FN(row_sums)(const char *dy_bytes, const char *x_bytes, const char *y_bytes,
@@ -158,27 +246,61 @@ static void FN(row_sums)(const char *dy_bytes, const char *x_bytes, const char *
                          double *sum_dy, double *sum_dy_x)
 {
     const REAL *dy = (const REAL *)dy_bytes, *x = (const REAL *)x_bytes;
-    if (y_bytes)
-        FN(sums)(dy, x, (const REAL *)y_bytes, runs, length, stride, mean, sum_dy, sum_dy_x);
-    else
-        FN(sums)(dy, x, NULL, runs, length, stride, mean, sum_dy, sum_dy_x);
+    const REAL *y = (const REAL *)y_bytes;
+    double g_sum[BN_LANES], gx_sum[BN_LANES];
+    BN_ZERO(g_sum);
+    BN_ZERO(gx_sum);
+    for (bn_index run = 0, n; run < runs; run++)
+        for (bn_index i = 0; i < length; i += n) {
+            const bn_index at = run * stride + i;
+            n = FN(piece)(length - i);
+            if (n >= BN_LANES && y)
+                FN(add_masked)(dy + at, x + at, y + at, n, mean, g_sum, gx_sum);
+            else if (n >= BN_LANES)
+                FN(add_plain)(dy + at, x + at, n, mean, g_sum, gx_sum);
+            else
+                for (bn_index k = 0; k < n; k++) {
+                    const double g = FN(masked)(dy, y, at + k);
+                    g_sum[(run * n + k) % BN_LANES] += g;
+                    gx_sum[(run * n + k) % BN_LANES] += g * (x[at + k] - mean);
+                }
+        }
+    *sum_dy = bn_total(g_sum);
+    *sum_dy_x = bn_total(gx_sum);
 }
 
-/* dx = g * g_scale + ((x - head) * x_scale + shift) over one run. */
+/* dx = g * g_scale + ((x - head) * x_scale + shift). Where x_scale is 0, as in eval mode, x does
+   not matter, whatever it holds. */
+static inline REAL FN(gradient)(REAL g, REAL x, REAL head, REAL g_scale, REAL x_scale, REAL shift)
+{
+    const REAL spread = FN(mad)(x - head, x_scale, shift);
+    return FN(mad)(g, g_scale, x_scale == 0 ? shift : spread);
+}
+
+/* The same over one run, with the end as in affine_run_as: dx may be dy. */
 static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
-                                    REAL *dresidual, bn_index length, REAL head, REAL g_scale,
+                                    REAL *dresidual, bn_index n, REAL head, REAL g_scale,
                                     REAL x_scale, REAL shift)
 {
+    REAL last_g[BN_LANES];
+    const int overlaps = n > BN_LANES && n % BN_LANES;
+    const bn_index end = overlaps ? n - n % BN_LANES : n, last = n - BN_LANES;
+    if (overlaps)
+        BN_SIMD for (int k = 0; k < BN_LANES; k++)
+            last_g[k] = FN(masked)(dy, y, last + k);
     if (dresidual)
-        BN_SIMD for (bn_index i = 0; i < length; i++)
+        BN_SIMD for (bn_index i = 0; i < n; i++)
             dresidual[i] = FN(masked)(dy, y, i);
     if (x_scale == 0)
-        BN_SIMD for (bn_index i = 0; i < length; i++)
+        BN_SIMD for (bn_index i = 0; i < end; i++)
             dx[i] = FN(mad)(FN(masked)(dy, y, i), g_scale, shift);
     else
-        BN_SIMD for (bn_index i = 0; i < length; i++)
-            dx[i] = FN(mad)(FN(masked)(dy, y, i), g_scale,
-                            FN(mad)(x[i] - head, x_scale, shift));
+        BN_SIMD for (bn_index i = 0; i < end; i++)
+            dx[i] = FN(mad)(FN(masked)(dy, y, i), g_scale, FN(mad)(x[i] - head, x_scale, shift));
+    if (overlaps)
+        BN_SIMD for (int k = 0; k < BN_LANES; k++)
+            dx[last + k] =
+                FN(gradient)(last_g[k], x[last + k], head, g_scale, x_scale, shift);
 }
 
 static inline int FN(gradient_fits)(bn_gradient gradient)
@@ -198,31 +320,49 @@ static inline REAL FN(gradient_wide)(REAL g, REAL x, bn_gradient gradient)
     return (REAL)(g * gradient.g_scale + (spread + gradient.shift));
 }
 
+static void FN(pack_gradient)(const bn_gradient *gradient, bn_index width, char *packed)
+{
+    REAL *head = (REAL *)packed, *g_scale = head + width, *x_scale = g_scale + width;
+    REAL *shift = x_scale + width;
+    int fits = 1;
+    for (bn_index c = 0; c < width; c++) {
+        head[c] = (REAL)gradient[c].mean;
+        g_scale[c] = (REAL)gradient[c].g_scale;
+        x_scale[c] = (REAL)gradient[c].x_scale;
+        shift[c] = FN(gradient_shift)(gradient[c]);
+        fits &= FN(gradient_fits)(gradient[c]);
+    }
+    shift[width] = (REAL)fits;
+}
+
 static void FN(row_gradient)(const char *dy_bytes, const char *x_bytes, const char *y_bytes,
                              char *dx_bytes, char *dresidual_bytes, bn_index runs,
-                             bn_index length, bn_index stride, bn_gradient gradient)
+                             bn_index length, bn_index stride, const bn_gradient *gradient,
+                             const char *packed, bn_index channels, bn_index channel)
 {
     const REAL *dy = (const REAL *)dy_bytes, *x = (const REAL *)x_bytes;
     const REAL *y = (const REAL *)y_bytes;
     REAL *dx = (REAL *)dx_bytes, *dresidual = (REAL *)dresidual_bytes;
-    const REAL head = (REAL)gradient.mean, shift = FN(gradient_shift)(gradient);
-    const REAL g_scale = (REAL)gradient.g_scale, x_scale = (REAL)gradient.x_scale;
-    const int fits = FN(gradient_fits)(gradient);
+    const REAL *head = (const REAL *)packed, *g_scale = head + channels;
+    const REAL *x_scale = g_scale + channels, *shift = x_scale + channels;
+    const int fits = shift[channels] != 0;
     for (bn_index run = 0; run < runs; run++) {
-        const bn_index at = run * stride;
+        const bn_index at = run * stride, c = channel;
         REAL *dr = dresidual ? dresidual + at : NULL;
-        if (!fits)
+        if (!fits && !FN(gradient_fits)(gradient[c]))
             for (bn_index i = at; i < at + length; i++) {
                 const REAL g = FN(masked)(dy, y, i);
                 if (dresidual)
                     dresidual[i] = g;
-                dx[i] = FN(gradient_wide)(g, x[i], gradient);
+                dx[i] = FN(gradient_wide)(g, x[i], gradient[c]);
             }
         else if (y)
-            FN(gradient_run)(dy + at, x + at, y + at, dx + at, dr, length, head, g_scale, x_scale,
-                             shift);
+            FN(gradient_run)(dy + at, x + at, y + at, dx + at, dr, length, head[c], g_scale[c],
+                             x_scale[c], shift[c]);
         else
-            FN(gradient_run)(dy + at, x + at, NULL, dx + at, dr, length, head, g_scale, x_scale,
-                             shift);
+            FN(gradient_run)(dy + at, x + at, NULL, dx + at, dr, length, head[c], g_scale[c],
+                             x_scale[c], shift[c]);
+        if (++channel == channels)
+            channel = 0;
     }
 }

@@ -16,11 +16,29 @@ typedef void (*bn_task)(bn_call *, bn_index);
 
    channels-first: tile t of channel c               row c * tiles + t
    channels-last:  part p, column j of a wide row    row p * width + j
-                   the partial wide row              part number `parts`, of the columns it has */
+                   the partial wide row              part number `parts`, of the columns it has
+
+   Channels-last tables are walked along their rows, BN_GROUP channels at a time: one channel at a
+   time would touch a cache line for each entry. */
+
+#define BN_GROUP 64
+
+/* Channels of group g, and its first. */
+static inline bn_index bn_group(const bn_call *call, bn_index g, bn_index *first)
+{
+    const bn_index size = call->rows ? BN_GROUP : 1;
+    *first = g * size;
+    return bn_min(size, call->channels - *first);
+}
+
+static inline bn_index bn_groups(const bn_call *call)
+{
+    return bn_ceil(call->channels, call->rows ? BN_GROUP : 1);
+}
 
 static inline bn_index bn_entries(const bn_call *call)
 {
-    return call->rows ? call->fold * (call->parts + 1) : call->tiles.count;
+    return call->rows ? call->fold * (call->parts + (call->rest != 0)) : call->tiles.count;
 }
 
 /* Find entry e of channel c: its row in the table, and how many elements are behind it. */
@@ -38,45 +56,63 @@ static inline double bn_entry(const bn_call *call, bn_index c, bn_index e, bn_in
     return (double)bn_min(call->part_rows, call->rows - part * call->part_rows);
 }
 
-/* Moments of a channel from those of its parts: first the mean, then the squares about it. Means
-   are compared with the first part's, so that no digit is lost to a large common mean. */
-static void bn_combine_moments(bn_call *call, bn_index c)
+/* Moments of the channels of a group from those of their parts: first the mean, then the squares
+   about it. Means are compared with the first part's, so that no digit is lost to a large mean. */
+static void bn_combine_moments(bn_call *call, bn_index g)
 {
     const bn_index entries = bn_entries(call);
-    bn_moments pivot = {0.0, 0.0, 0.0};
-    double shifted = 0.0, m2 = 0.0;
-    bn_index row;
-    for (bn_index e = 0; e < entries; e++) {
-        const double n = bn_entry(call, c, e, &row);
-        if (e == 0)
-            pivot = call->moments[row];
-        if (n)
-            shifted += n * bn_distance(call->moments[row], pivot);
+    bn_index first, row;
+    const bn_index size = bn_group(call, g, &first);
+    bn_moments pivot[BN_GROUP];
+    double shifted[BN_GROUP], m2[BN_GROUP];
+    for (bn_index i = 0; i < size; i++) {
+        const bn_moments none = {0.0, 0.0, 0.0};
+        pivot[i] = none;
+        if (entries) {
+            bn_entry(call, first + i, 0, &row);
+            pivot[i] = call->moments[row];
+        }
+        shifted[i] = m2[i] = 0.0;
     }
-    const double mean = entries > 1 ? shifted / call->count : pivot.low;
     for (bn_index e = 0; e < entries; e++) {
-        const double n = bn_entry(call, c, e, &row);
-        if (n) {
-            const double d = bn_distance(call->moments[row], pivot) - mean;
-            m2 += call->moments[row].m2 + n * d * d;
+        const double n = bn_entry(call, first, e, &row);
+        for (bn_index i = 0; n && i < size; i++)
+            shifted[i] += n * bn_distance(call->moments[row + i], pivot[i]);
+    }
+    for (bn_index i = 0; i < size; i++)
+        shifted[i] = entries > 1 ? shifted[i] / call->count : pivot[i].low;
+    for (bn_index e = 0; e < entries; e++) {
+        const double n = bn_entry(call, first, e, &row);
+        for (bn_index i = 0; n && i < size; i++) {
+            const double d = bn_distance(call->moments[row + i], pivot[i]) - shifted[i];
+            m2[i] += call->moments[row + i].m2 + n * d * d;
         }
     }
-    call->mean[c] = pivot.mean + mean;
-    call->m2[c] = m2;
+    for (bn_index i = 0; i < size; i++) {
+        call->mean[first + i] = pivot[i].mean + shifted[i];
+        call->m2[first + i] = m2[i];
+    }
 }
 
-static void bn_combine_sums(bn_call *call, bn_index c)
+static void bn_combine_sums(bn_call *call, bn_index g)
 {
     const bn_index entries = bn_entries(call);
-    bn_sums total = {0.0, 0.0};
-    bn_index row;
-    for (bn_index e = 0; e < entries; e++)
-        if (bn_entry(call, c, e, &row)) {
-            total.dy += call->sums[row].dy;
-            total.dy_x += call->sums[row].dy_x;
+    bn_index first, row;
+    const bn_index size = bn_group(call, g, &first);
+    bn_sums total[BN_GROUP];
+    for (bn_index i = 0; i < size; i++)
+        total[i].dy = total[i].dy_x = 0.0;
+    for (bn_index e = 0; e < entries; e++) {
+        const double n = bn_entry(call, first, e, &row);
+        for (bn_index i = 0; n && i < size; i++) {
+            total[i].dy += call->sums[row + i].dy;
+            total[i].dy_x += call->sums[row + i].dy_x;
         }
-    call->sum_dy[c] = total.dy;
-    call->sum_dy_xhat[c] = total.dy_x * call->invstd[c];
+    }
+    for (bn_index i = 0; i < size; i++) {
+        call->sum_dy[first + i] = total[i].dy;
+        call->sum_dy_xhat[first + i] = entries ? total[i].dy_x * call->invstd[first + i] : 0.0;
+    }
 }
 
 /* ---- what a channel's elements are multiplied with and shifted by -------------------------------*/
@@ -120,16 +156,22 @@ static void bn_pack_gradient(bn_call *call, bn_index part)
     call->kernels->pack_gradient(call->gradient, call->width, call->packed);
 }
 
-static void bn_moments_to_affine(bn_call *call, bn_index c)
+static void bn_moments_to_affine(bn_call *call, bn_index g)
 {
-    bn_combine_moments(call, c);
-    bn_find_affine(call, c);
+    bn_index first;
+    const bn_index size = bn_group(call, g, &first);
+    bn_combine_moments(call, g);
+    for (bn_index c = first; c < first + size; c++)
+        bn_find_affine(call, c);
 }
 
-static void bn_sums_to_gradient(bn_call *call, bn_index c)
+static void bn_sums_to_gradient(bn_call *call, bn_index g)
 {
-    bn_combine_sums(call, c);
-    bn_find_gradient(call, c);
+    bn_index first;
+    const bn_index size = bn_group(call, g, &first);
+    bn_combine_sums(call, g);
+    for (bn_index c = first; c < first + size; c++)
+        bn_find_gradient(call, c);
 }
 
 /* ---- channels-first --------------------------------------------------------------------------- */
@@ -171,24 +213,27 @@ static void bn_row_normalize(bn_call *call, bn_index unit)
 {
     const bn_place place =
         bn_tile_place(call->units, unit, call->outer * call->channels, call->inner);
-    for (bn_index run = place.run; run < place.run + place.runs; run++) {
-        const bn_index at = (run * call->inner + place.from) * call->kernels->itemsize;
-        call->kernels->row_normalize(call->x + at, bn_at(call->residual, at), call->y + at, 1,
-                                     place.length, 0, call->affine[run % call->channels],
-                                     call->relu);
-    }
+    const bn_index at = (place.run * call->inner + place.from) * call->kernels->itemsize;
+    call->kernels->row_normalize(call->x + at, bn_at(call->residual, at), call->y + at, place.runs,
+                                 place.length, call->inner, call->affine, call->packed,
+                                 call->channels, place.run % call->channels, call->relu);
 }
 
 static void bn_row_gradient(bn_call *call, bn_index unit)
 {
     const bn_place place =
         bn_tile_place(call->units, unit, call->outer * call->channels, call->inner);
-    for (bn_index run = place.run; run < place.run + place.runs; run++) {
-        const bn_index at = (run * call->inner + place.from) * call->kernels->itemsize;
-        call->kernels->row_gradient(call->dy + at, call->x + at, bn_at(call->y_in, at),
-                                    call->dx + at, bn_out(call->dresidual, at), 1, place.length, 0,
-                                    call->gradient[run % call->channels]);
-    }
+    const bn_index at = (place.run * call->inner + place.from) * call->kernels->itemsize;
+    call->kernels->row_gradient(call->dy + at, call->x + at, bn_at(call->y_in, at), call->dx + at,
+                                bn_out(call->dresidual, at), place.runs, place.length, call->inner,
+                                call->gradient, call->packed, call->channels,
+                                place.run % call->channels);
+}
+
+/* Where channel c packs its own numbers, when it does not wait for the others. */
+static inline char *bn_own_packed(const bn_call *call, bn_index c)
+{
+    return call->packed + c * BN_PACKED * sizeof(double);
 }
 
 /* A whole channel by one thread, while it is in the cache. */
@@ -198,9 +243,10 @@ static void bn_channel_train(bn_call *call, bn_index c)
     for (bn_index t = 0; t < call->tiles.count; t++)
         bn_row_moments(call, c * call->tiles.count + t);
     bn_moments_to_affine(call, c);
+    call->kernels->pack_affine(call->affine + c, 1, bn_own_packed(call, c));
     call->kernels->row_normalize(call->x + at, bn_at(call->residual, at), call->y + at,
                                  call->outer, call->inner, call->channels * call->inner,
-                                 call->affine[c], call->relu);
+                                 call->affine + c, bn_own_packed(call, c), 1, 0, call->relu);
 }
 
 static void bn_channel_backward(bn_call *call, bn_index c)
@@ -209,9 +255,11 @@ static void bn_channel_backward(bn_call *call, bn_index c)
     for (bn_index t = 0; t < call->tiles.count; t++)
         bn_row_sums(call, c * call->tiles.count + t);
     bn_sums_to_gradient(call, c);
+    call->kernels->pack_gradient(call->gradient + c, 1, bn_own_packed(call, c));
     call->kernels->row_gradient(call->dy + at, call->x + at, bn_at(call->y_in, at), call->dx + at,
                                 bn_out(call->dresidual, at), call->outer, call->inner,
-                                call->channels * call->inner, call->gradient[c]);
+                                call->channels * call->inner, call->gradient + c,
+                                bn_own_packed(call, c), 1, 0);
 }
 
 /* ---- channels-last ---------------------------------------------------------------------------- */

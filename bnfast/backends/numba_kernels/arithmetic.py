@@ -13,13 +13,13 @@ Tables
     float32 cannot hold well: its elements are computed from ``wide`` and rounded once.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
 import numpy as np
 
-from bnfast.backends.numba_kernels.compiling import inline, step
+from bnfast.backends.numba_kernels.compiling import inline
 from bnfast.backends.numba_kernels.lanes import (
     cast,
     muladd,
@@ -82,7 +82,7 @@ def moderate(factor):
     return factor == 0 or SMALLEST <= abs(factor) <= LARGEST
 
 
-@step
+@inline
 def fill_forward(table, wide, c, mean, var, weight, bias, eps):
     """Fill column c of the tables: how a channel is normalised.
 
@@ -103,7 +103,7 @@ def fill_forward(table, wide, c, mean, var, weight, bias, eps):
     wide[2, c] = bias[c]
 
 
-@step
+@inline
 def fill_backward(table, wide, c, mean, invstd, weight, means):
     """Fill column c of the tables: how the gradient of a channel is made.
 
@@ -119,10 +119,7 @@ def fill_backward(table, wide, c, mean, invstd, weight, means):
     table[2, c] = offset - (mean[c] - head) * slope
     table[3, c] = factor
     table[4, c] = table.itemsize == 8 or (
-        moderate(slope)
-        and moderate(factor)
-        and abs(mean[c]) <= LARGEST
-        and abs(offset) <= LARGEST
+        moderate(slope) and moderate(factor) and abs(mean[c]) <= LARGEST and abs(offset) <= LARGEST
     )
     wide[0, c] = mean[c]
     wide[1, c] = slope

@@ -4,13 +4,12 @@ Every kernel is compiled for one explicit signature, taken from its annotations.
 Numba would compile anew, within the user's call, for a read-only array or for None.
 """
 
-# mypy: disable-error-code="no-untyped-call"
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -35,12 +34,12 @@ WriteVector: TypeAlias = NDArray[np.float64]
 
 Kernel: TypeAlias = Callable[..., Any]
 
-_internal = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_internal: Any = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
-inline = njit(forceinline=True, **_internal)
+inline: Any = njit(forceinline=True, **_internal)
 """A step that becomes part of the kernels which call it."""
 
-step = njit(**_internal)
+step: Any = njit(**_internal)
 """A larger step, for the optimiser to inline or not."""
 
 
@@ -78,8 +77,9 @@ def build(function: FunctionType, ndim: int, dtype: np.dtype[Any], *, parallel: 
     )
     try:
         compiled: Kernel = compile_(cache=True)(kernel)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
-        # No directory for the cache can be written, the disk is full, or a file is truncated.
+    except Exception:
+        # No directory for the cache can be written, the disk is full, or a file is damaged, which
+        # can raise anything. An error of the kernel itself is raised again here.
         compiled = compile_(cache=False)(kernel)
     return compiled
 

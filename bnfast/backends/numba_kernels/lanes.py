@@ -30,19 +30,25 @@ array goes to a function as a dozen numbers. Functions with ``_last`` in their n
     total(v)                         the sum over the lanes, pairwise
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
+import numba.extending
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
 
 LANES = 16
+
+intrinsic: Any = numba.extending.intrinsic
+"""Its declared type is that of the Python function, which has one parameter more than the calls."""
+
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
 
@@ -163,27 +169,31 @@ def load_last(typingctx, x, stop, count):
         vector = context.get_value_type(sig.return_type)
         room = cgutils.alloca_once(builder, vector)
         enough = builder.icmp_signed(">=", stop, _I64(LANES))
-        with builder.if_else(enough) as (whole, piecewise):
+        with builder.if_else(enough, likely=True) as (whole, piecewise):
             # Sixteen elements can be read wherever they are: what is not asked for is masked.
             with whole:
-                address = _address(
-                    context, builder, kind, array, builder.sub(stop, _I64(LANES))
-                )
+                start = builder.sub(stop, _I64(LANES))
+                address = _address(context, builder, kind, array, start)
                 pointer = builder.bitcast(address, vector.as_pointer())
-                value = builder.load(pointer, align=kind.dtype.bitwidth // 8)
-                builder.store(_mask_last(builder, value, count), room)
+                read = builder.load(pointer, align=kind.dtype.bitwidth // 8)
+                masked = _mask_last(builder, read, count)
+                after_whole = builder.block
             with piecewise:
                 builder.store(ir.Constant(vector, None), room)
                 element = builder.bitcast(room, vector.element.as_pointer())
                 offset = builder.sub(_I64(LANES), count)
                 start = builder.sub(stop, count)
                 with cgutils.for_range(builder, count) as loop:
-                    source = _address(
-                        context, builder, kind, array, builder.add(start, loop.index)
-                    )
+                    index = builder.add(start, loop.index)
+                    source = _address(context, builder, kind, array, index)
                     target = builder.gep(element, [builder.add(offset, loop.index)])
                     builder.store(builder.load(source), target)
-        return builder.load(room)
+                pieced = builder.load(room)
+                after_piecewise = builder.block
+        result = builder.phi(vector)
+        result.add_incoming(masked, after_whole)
+        result.add_incoming(pieced, after_piecewise)
+        return result
 
     return Lanes(x.dtype)(x, types.intp, types.intp), codegen
 

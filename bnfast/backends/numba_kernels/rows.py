@@ -1,10 +1,10 @@
 """Kernels for channels-first arrays (N, C, S): a channel is N runs of S adjacent elements.
 
-Blocks of about `BLOCK` elements of one channel: a piece of one run where runs are long, several
-whole runs where they are short. Block b of a channel is piece ``b % across`` of the group of runs
+Blocks of up to 768 elements of one channel: a piece of one run where runs are long, several whole
+runs where they are short. Block b of a channel is piece ``b % across`` of the group of runs
 ``b // across``::
 
-    S = 2500, BLOCK = 1024              S = 300
+    S = 2000                            S = 200
     n = 0   [ b0 ][ b1 ][ b2 ]          n = 0..2   [ b0 ]
     n = 1   [ b3 ][ b4 ][ b5 ]          n = 3..5   [ b1 ]
 
@@ -13,7 +13,7 @@ channels where there are enough of them, so that a channel is transformed while 
 L2 cache; else the threads share the blocks of every channel, and meet in between.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -55,20 +55,19 @@ from bnfast.backends.numba_kernels.lanes import (
     zeros,
 )
 
-BLOCK = 1024
-"""Elements of a block: 64 additions a lane, which errs by less than `spec.SUM_UNITS`."""
+BLOCK = 48
+"""Vectors of sixteen elements in a block, at most: 48 additions to a lane and 4 across them, each
+of which errs by up to half a unit; `spec.SUM_UNITS` is 32."""
 
 
 @inline
 def blocks_of(shape):
     """Return the runs and the length of a block, its pieces per run, and blocks per channel."""
     samples, _, size = shape
-    if size < BLOCK:
-        runs, length = BLOCK // size, size
-    else:
-        pieces = -(-size // BLOCK)
-        runs, length = 1, -(-size // (pieces * LANES)) * LANES
-    across = -(-size // length)
+    vectors = -(-size // LANES)
+    across = -(-vectors // BLOCK)
+    length = min(-(-vectors // across) * LANES, size)
+    runs = max(1, BLOCK // vectors)
     return runs, length, across, -(-samples // runs) * across
 
 
@@ -128,7 +127,7 @@ def measure_blocks(x, blocks, thread, threads):
         put_all(blocks, unit * 4, measure_block(data(x), x.shape, channel, block))
 
 
-@step
+@inline
 def merge_blocks(blocks, channel):
     """Return mean and m2 of a channel: its blocks merged in order."""
     count = blocks[channel, 0, 0]
@@ -294,7 +293,7 @@ def sum_blocks(dy, x, y, mean, relu, blocks, thread, threads):
         put_all(blocks, unit * 2, sum_block(*at, x.shape, c, block, mean[c], relu))
 
 
-@step
+@inline
 def add_blocks(blocks, channel):
     """Return the two sums of a channel: its blocks added in order."""
     first, first_low, second, second_low = 0.0, 0.0, 0.0, 0.0

@@ -1,0 +1,648 @@
+"""BatchNorm1d, 2d and 3d: parameters, running statistics, modes, state and gradients."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+from backends_here import over_backends
+from strided import LAYOUTS
+
+import bnfast
+import bnfast.functional as F
+from bnfast.backends import numpy_reference
+from bnfast.testing.bounds import assert_same_bits
+
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+SHAPE = (4, 3, 2, 8)
+
+
+def draw(rng, shape=SHAPE, dtype=np.float32):
+    return rng.normal(3, 2, shape).astype(dtype)
+
+
+def trained(rng, calls=2, **arguments):
+    """Return a layer of random parameters after some training calls."""
+    layer = bnfast.BatchNorm2d(3, **arguments)
+    for name in VECTORS[:2]:
+        if getattr(layer, name) is not None:
+            setattr(layer, name, rng.normal(size=3))
+    for _ in range(calls):
+        layer(draw(rng))
+    return layer
+
+
+def assert_same_state(one, other):
+    assert list(one) == list(other)
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], name)
+        assert value.dtype == other[name].dtype
+
+
+# ---- parameters and running statistics ----------------------------------------------------------
+
+
+def test_a_new_layer():
+    layer = bnfast.BatchNorm2d(3)
+    assert layer.training is True
+    assert (layer.num_features, layer.eps, layer.momentum) == (3, 1e-5, 0.1)
+    assert (layer.affine, layer.track_running_stats) == (True, True)
+    assert layer.num_batches_tracked == 0
+    for name, value in zip(VECTORS, (1, 0, 0, 1), strict=True):
+        vector = getattr(layer, name)
+        assert vector.dtype == np.float32
+        np.testing.assert_array_equal(vector, np.full(3, value))
+    assert layer.grad_weight is layer.grad_bias is layer.grad_residual is None
+
+
+@over_backends
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, -0.5, 1.5])
+def test_running_statistics(rng, dtype, momentum, backend):
+    """new = (1 - momentum) * old + momentum * batch, the variance unbiased."""
+    layer = bnfast.BatchNorm2d(3, momentum=momentum, dtype=dtype, backend=backend)
+    mean, var = np.zeros(3), np.ones(3)
+    for calls in range(1, 4):
+        x = draw(rng)
+        layer(x)
+        wide = x.astype(np.float64)
+        batch_mean, batch_var = wide.mean(axis=(0, 2, 3)), wide.var(axis=(0, 2, 3), ddof=1)
+        mean = ((1 - momentum) * mean + momentum * batch_mean).astype(dtype).astype(np.float64)
+        var = ((1 - momentum) * var + momentum * batch_var).astype(dtype).astype(np.float64)
+        # Both sides round once per call; the sums behind may tip that over to the next number.
+        ulp = np.finfo(dtype).eps
+        for own, expected in ((layer.running_mean, mean), (layer.running_var, var)):
+            assert own.dtype == dtype
+            assert (np.abs(own - expected) <= 16 * ulp * (1 + np.abs(expected))).all()
+        mean, var = layer.running_mean.astype(np.float64), layer.running_var.astype(np.float64)
+        assert layer.num_batches_tracked == calls
+
+
+def test_momentum_none_is_the_cumulative_average(rng):
+    layer = bnfast.BatchNorm2d(3, momentum=None, dtype=np.float64)
+    batches = [draw(rng, dtype=np.float64) for _ in range(5)]
+    for batch in batches:
+        layer(batch)
+    means = np.mean([batch.mean(axis=(0, 2, 3)) for batch in batches], axis=0)
+    variances = np.mean([batch.var(axis=(0, 2, 3), ddof=1) for batch in batches], axis=0)
+    np.testing.assert_allclose(layer.running_mean, means, rtol=1e-13)
+    np.testing.assert_allclose(layer.running_var, variances, rtol=1e-13)
+
+
+def test_an_empty_batch_counts_but_leaves_the_statistics(rng):
+    layer = trained(rng)
+    before = layer.state_dict()
+    assert layer(np.empty((0, 3, 2, 8), np.float32)).shape == (0, 3, 2, 8)
+    after = layer.state_dict()
+    assert after["num_batches_tracked"] == before["num_batches_tracked"] + 1
+    assert_same_state(
+        {k: v for k, v in before.items() if k in VECTORS},
+        {k: v for k, v in after.items() if k in VECTORS},
+    )
+
+
+def test_eval_uses_the_running_statistics(rng):
+    layer = trained(rng)
+    before = layer.state_dict()
+    x = draw(rng)
+    y = layer.eval()(x)
+    vectors = [getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias")]
+    assert_same_bits("y", y, F.batch_norm(x, *vectors))
+    assert_same_state(layer.state_dict(), before)
+
+
+def test_modes():
+    layer = bnfast.BatchNorm2d(3)
+    assert layer.eval() is layer
+    assert layer.training is False
+    assert layer.train() is layer
+    assert layer.training is True
+    assert layer.train(False).training is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys"),
+    [
+        ({}, [*VECTORS, "num_batches_tracked"]),
+        ({"affine": False}, ["running_mean", "running_var", "num_batches_tracked"]),
+        ({"affine": False, "bias": True}, ["running_mean", "running_var", "num_batches_tracked"]),
+        ({"bias": False}, ["weight", "running_mean", "running_var", "num_batches_tracked"]),
+        ({"track_running_stats": False}, ["weight", "bias"]),
+        ({"affine": False, "track_running_stats": False}, []),
+    ],
+)
+def test_what_a_layer_lacks_has_no_key(rng, arguments, keys):
+    layer = bnfast.BatchNorm2d(3, **arguments)
+    assert list(layer.state_dict()) == keys
+    for name in VECTORS:
+        assert (getattr(layer, name) is None) == (name not in keys)
+    assert (layer.num_batches_tracked is None) == ("num_batches_tracked" not in keys)
+    x = draw(rng)
+    y = layer(x)
+    assert_same_bits("y", y, F.batch_norm(x, None, None, training=True))
+    layer.backward(x)
+    assert (layer.grad_weight is None) == ("weight" not in keys)
+    assert (layer.grad_bias is None) == ("bias" not in keys)
+
+
+def test_without_running_statistics_eval_uses_the_batch(rng):
+    layer = bnfast.BatchNorm2d(3, track_running_stats=False).eval()
+    x = draw(rng)
+    assert_same_bits("y", layer(x), F.batch_norm(x, None, None, training=True))
+
+
+def test_tracking_can_be_switched_off_and_on(rng):
+    layer = trained(rng)
+    layer.track_running_stats = False
+    before = layer.state_dict()
+    x = draw(rng)
+    layer(x)
+    layer.reset_running_stats()
+    assert_same_state(layer.state_dict(), before)
+    vectors = [getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias")]
+    assert_same_bits("eval", layer.eval()(x), F.batch_norm(x, *vectors))
+    layer.train().track_running_stats = True
+    layer(x)
+    assert layer.num_batches_tracked == before["num_batches_tracked"] + 1
+    assert (layer.running_mean != before["running_mean"]).all()
+
+
+def test_without_a_counter_the_statistics_still_move(rng):
+    layer = bnfast.BatchNorm2d(3, momentum=0.25)
+    layer.num_batches_tracked = None
+    x = draw(rng)
+    layer(x)
+    np.testing.assert_allclose(layer.running_mean, 0.25 * x.mean(axis=(0, 2, 3)), rtol=1e-5)
+    assert layer.num_batches_tracked is None
+    layer.momentum = None
+    before = layer.running_mean.copy()
+    layer(draw(rng))
+    np.testing.assert_array_equal(layer.running_mean, before)
+
+
+def test_reset(rng):
+    layer = trained(rng)
+    weight = layer.weight.copy()
+    layer.reset_running_stats()
+    np.testing.assert_array_equal(layer.running_mean, np.zeros(3))
+    np.testing.assert_array_equal(layer.running_var, np.ones(3))
+    assert layer.num_batches_tracked == 0
+    np.testing.assert_array_equal(layer.weight, weight)
+    layer.reset_parameters()
+    np.testing.assert_array_equal(layer.weight, np.ones(3))
+    np.testing.assert_array_equal(layer.bias, np.zeros(3))
+    bare = bnfast.BatchNorm2d(3, affine=False, track_running_stats=False)
+    bare.reset_parameters()
+    assert bare.state_dict() == {}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("training", [True, False])
+def test_writing_a_vector_in_place_takes_effect(rng, dtype, training):
+    layer = bnfast.BatchNorm2d(3, dtype=dtype).train(training)
+    x = draw(rng)
+    layer(x)
+    layer.weight[...] = 2.0
+    layer.bias[1] += 5.0
+    layer.running_mean[...] = 0.5
+    layer.running_var *= 3.0
+    fresh = bnfast.BatchNorm2d(3, dtype=dtype).train(training)
+    fresh.load_state_dict(layer.state_dict())
+    assert_same_bits("y", layer(x), fresh(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_assigning_a_vector_copies_it(rng, training):
+    layer, other = bnfast.BatchNorm2d(3).train(training), bnfast.BatchNorm2d(3).train(training)
+    weight = np.array([2.0, 3.0, 4.0])
+    layer.weight = weight
+    other.weight = [2, 3, 4]
+    weight[...] = 7.0
+    assert layer.weight.dtype == np.float32
+    np.testing.assert_array_equal(layer.weight, [2.0, 3.0, 4.0])
+    x = draw(rng)
+    assert_same_bits("y", layer(x), other(x))
+    view = layer.weight
+    layer.weight = layer.weight[::-1]
+    np.testing.assert_array_equal(view, [4.0, 3.0, 2.0])
+
+
+def test_assigning_none_and_back(rng):
+    layer = bnfast.BatchNorm2d(3)
+    layer.weight, layer.bias = np.full(3, 2.0), np.full(3, 5.0)
+    layer.bias = None
+    assert "bias" not in layer.state_dict()
+    x = draw(rng)
+    expected = F.batch_norm(x, None, None, np.full(3, 2.0), training=True)
+    assert_same_bits("y without bias", layer(x), expected)
+    layer.bias = np.full(3, 1.0)
+    expected = F.batch_norm(x, None, None, np.full(3, 2.0), np.full(3, 1.0), training=True)
+    assert_same_bits("y with a bias again", layer(x), expected)
+    layer.running_mean = layer.running_var = None
+    assert_same_bits("eval with the batch's", layer.eval()(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("cls", "shape"),
+    [
+        (bnfast.BatchNorm1d, (6, 3)),
+        (bnfast.BatchNorm1d, (6, 3, 5)),
+        (bnfast.BatchNorm2d, (2, 3, 4, 5)),
+        (bnfast.BatchNorm3d, (2, 3, 2, 3, 4)),
+    ],
+)
+def test_dimensions(rng, cls, shape):
+    x = draw(rng, shape, np.float64)
+    y = cls(3, eps=1e-9)(x)
+    axes = (0, *range(2, x.ndim))
+    keep = {"axis": axes, "keepdims": True}
+    np.testing.assert_allclose(y, (x - x.mean(**keep)) / x.std(**keep), atol=1e-6)
+    assert y.shape == shape
+
+
+def test_input_that_is_no_array(rng):
+    x = draw(rng, (2, 3), np.float64)
+    layer = bnfast.BatchNorm1d(3, dtype=np.float64)
+    expected = bnfast.BatchNorm1d(3, dtype=np.float64)(x)
+    assert_same_bits("a list of lists", layer(x.tolist()), expected)
+    assert_same_bits("its gradient", layer.backward(x.tolist()), layer.backward(x))
+
+
+# ---- activation, residual, out ------------------------------------------------------------------
+
+
+@over_backends
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_fused_calls_have_the_bits_of_separate_steps(rng, training, dtype, backend):
+    x, residual = draw(rng, dtype=dtype), -draw(rng, dtype=dtype)
+    plain = bnfast.BatchNorm2d(3, backend=backend).train(training)
+    fused = bnfast.BatchNorm2d(3, activation="relu", backend=backend).train(training)
+    expected = np.maximum(plain(x) + residual, 0)
+    assert (expected == 0).any()
+    assert (expected > 0).any()
+    assert_same_bits("y", fused(x, residual=residual), expected)
+    assert_same_state(fused.state_dict(), plain.state_dict())
+
+
+@over_backends
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_out(rng, activation, training, backend):
+    x, residual = draw(rng), draw(rng)
+
+    def layer():
+        return bnfast.BatchNorm2d(3, activation=activation, backend=backend).train(training)
+
+    expected = layer()(x, residual=residual)
+    out = np.full(SHAPE, np.nan, np.float32)
+    assert layer()(x, residual=residual, out=out) is out
+    assert_same_bits("out", out, expected)
+    for target in ("x", "residual"):
+        copies = {"x": x.copy(), "residual": residual.copy()}
+        assert layer()(**copies, out=copies[target]) is copies[target]
+        assert_same_bits(f"out={target}", copies[target], expected)
+    both = x.copy()
+    assert_same_bits("all one array", layer()(both, both, both), layer()(x, x))
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+@over_backends
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_backward_is_that_of_the_function(rng, activation, backend):
+    x, residual, dy = draw(rng), draw(rng), draw(rng)
+    layer = trained(rng, activation=activation, backend=backend)
+    y = layer(x, residual=residual)
+    dx = layer.backward(dy)
+    vectors = {"weight": layer.weight, "bias": layer.bias}
+    options = {"activation": activation, "backend": backend}
+    _, mean, invstd = F.batch_norm_with_stats(x, **vectors, residual=residual, **options)
+    expected = F.batch_norm_backward(
+        dy, x, layer.weight, mean, invstd, y=y, residual=True, **options
+    )
+    assert_same_bits("dx", dx, expected.dx)
+    assert_same_bits("grad_weight", layer.grad_weight, expected.dweight.astype(np.float32))
+    assert_same_bits("grad_bias", layer.grad_bias, expected.dbias.astype(np.float32))
+    assert_same_bits("grad_residual", layer.grad_residual, expected.dresidual)
+
+
+def test_gradient_of_the_loss_by_finite_differences(rng):
+    """Of sum(c * relu(bn(x) + r)): a direction in each argument, in float64."""
+    arguments = [draw(rng, (3, 2, 2, 3), np.float64), rng.normal(size=(3, 2, 2, 3))]
+    arguments += [rng.normal(size=2), rng.normal(size=2)]
+    slope = rng.normal(size=(3, 2, 2, 3))
+    layer = bnfast.BatchNorm2d(2, dtype=np.float64, activation="relu")
+
+    def loss(x, residual, weight, bias):
+        layer.weight, layer.bias = weight, bias
+        return float((slope * layer(x, residual=residual)).sum())
+
+    # Keep every place away from the kink of the ReLU, where a difference is no derivative.
+    plain = bnfast.BatchNorm2d(2, dtype=np.float64)
+    plain.weight, plain.bias = arguments[2:]
+    arguments[1] += 0.01 * np.sign(plain(arguments[0]) + arguments[1])
+    loss(*arguments)
+    gradients = [layer.backward(slope), layer.grad_residual, layer.grad_weight, layer.grad_bias]
+    for index, gradient in enumerate(gradients):
+        direction, step = rng.normal(size=gradient.shape), 1e-6
+        moved = [
+            [a + sign * step * direction if i == index else a for i, a in enumerate(arguments)]
+            for sign in (1, -1)
+        ]
+        numeric = (loss(*moved[0]) - loss(*moved[1])) / (2 * step)
+        # A central difference is off by step^2, and by the rounding of the loss over the step.
+        np.testing.assert_allclose((gradient * direction).sum(), numeric, rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_add_up_until_zero_grad(rng):
+    layer = trained(rng)
+    x, dy = draw(rng), draw(rng)
+    layer(x)
+    first = layer.backward(dy)
+    weight, bias = layer.grad_weight.copy(), layer.grad_bias.copy()
+    assert weight.dtype == np.float32
+    assert_same_bits("dx of the second call", layer.backward(dy), first)
+    np.testing.assert_array_equal(layer.grad_weight, 2 * weight)
+    np.testing.assert_array_equal(layer.grad_bias, 2 * bias)
+    layer.zero_grad()
+    assert layer.grad_weight is layer.grad_bias is layer.grad_residual is None
+    layer.backward(dy)
+    np.testing.assert_array_equal(layer.grad_weight, weight)
+
+
+def test_grad_residual_is_that_of_the_last_call(rng):
+    layer = bnfast.BatchNorm2d(3)
+    x = draw(rng)
+    layer(x, residual=x)
+    layer.backward(x)
+    assert_same_bits("grad_residual", layer.grad_residual, x)
+    layer(x)
+    layer.backward(x)
+    assert layer.grad_residual is None
+
+
+def test_an_eval_call_leaves_the_saved_forward_alone(rng):
+    layer, undisturbed = bnfast.BatchNorm2d(3), bnfast.BatchNorm2d(3)
+    x, dy = draw(rng), draw(rng)
+    layer(x)
+    undisturbed(x)
+    layer.eval()(draw(rng))
+    assert_same_bits("dx", layer.backward(dy), undisturbed.backward(dy))
+    bare = bnfast.BatchNorm2d(3, track_running_stats=False).eval()
+    bare(x)
+    with pytest.raises(RuntimeError, match="no training forward yet"):
+        bare.backward(dy)
+
+
+def test_weights_written_after_the_forward_do_not_change_its_gradient(rng):
+    layer, untouched = trained(rng), bnfast.BatchNorm2d(3)
+    untouched.load_state_dict(layer.state_dict())
+    x, dy = draw(rng), draw(rng)
+    layer(x)
+    untouched(x)
+    layer.weight *= 3
+    assert_same_bits("dx", layer.backward(dy), untouched.backward(dy))
+
+
+def test_backward_without_a_forward():
+    with pytest.raises(RuntimeError, match=r"^no gradient: there was no training forward yet$"):
+        bnfast.BatchNorm2d(3).backward(np.ones(SHAPE, np.float32))
+
+
+@pytest.mark.parametrize("lies", ["axes0123", "cut_out", "backwards"])
+def test_backward_after_the_input_was_overwritten(rng, lies):
+    layer = bnfast.BatchNorm2d(3)
+    x = LAYOUTS[lies](draw(rng))
+    dy = draw(rng)
+    layer(x.copy())
+    layer(x, out=x)
+    with pytest.raises(RuntimeError, match=r"^no gradient: its input was overwritten by out=x$"):
+        layer.backward(dy)
+    assert layer.grad_weight is None
+    layer(x)
+    assert layer.backward(dy).shape == SHAPE
+
+
+def test_backward_after_out_that_lies_beside_the_input(rng):
+    """Two arrays can share a range of addresses without sharing an element."""
+    buffer = np.empty((*SHAPE, 2), np.float32)
+    x, out = buffer[..., 0], buffer[..., 1]
+    x[...] = draw(rng)
+    layer, apart = bnfast.BatchNorm2d(3), bnfast.BatchNorm2d(3)
+    dy = draw(rng)
+    apart(x.copy())
+    layer(x, out=out)
+    assert_same_bits("dx", layer.backward(dy), apart.backward(dy))
+
+
+def test_backward_after_out_is_the_residual(rng):
+    layer, apart = (bnfast.BatchNorm2d(3, activation="relu") for _ in range(2))
+    x, residual, dy = draw(rng), draw(rng), draw(rng)
+    apart(x, residual=residual)
+    layer(x, residual=residual, out=residual)
+    assert_same_bits("dx", layer.backward(dy), apart.backward(dy))
+    assert_same_bits("dresidual", layer.grad_residual, apart.grad_residual)
+
+
+# ---- state --------------------------------------------------------------------------------------
+
+
+def test_state_is_a_copy(rng):
+    layer = trained(rng)
+    state = layer.state_dict()
+    weight = layer.weight.copy()
+    state["weight"][...] = 99
+    np.testing.assert_array_equal(layer.weight, weight)
+    layer.load_state_dict(state)
+    state["weight"][...] = 0
+    np.testing.assert_array_equal(layer.weight, np.full(3, 99))
+
+
+@pytest.mark.parametrize("prefix", ["", "stem.bn1."])
+def test_state_through_a_file(rng, tmp_path, prefix):
+    layer = trained(rng)
+    np.savez(tmp_path / "state.npz", **layer.state_dict(prefix))
+    other = bnfast.BatchNorm2d(3)
+    with np.load(tmp_path / "state.npz", allow_pickle=False) as state:
+        assert state[prefix + "num_batches_tracked"].dtype == np.int64
+        assert state[prefix + "num_batches_tracked"].shape == ()
+        keys = other.load_state_dict(state, prefix=prefix)
+    assert keys == ([], [])
+    assert_same_state(other.state_dict(), layer.state_dict())
+    assert other.num_batches_tracked == 2
+    assert type(other.num_batches_tracked) is int
+    x = draw(rng)
+    assert_same_bits("y", other.eval()(x), layer.eval()(x))
+
+
+def test_prefixes_part_the_layers_of_a_network(rng):
+    layers = {"a.": trained(rng), "a.b.": trained(rng, bias=False)}
+    state = {}
+    for prefix, layer in layers.items():
+        state |= layer.state_dict(prefix)
+    other = bnfast.BatchNorm2d(3, bias=False)
+    assert other.load_state_dict(state, prefix="a.b.") == ([], [])
+    assert_same_state(other.state_dict(), layers["a.b."].state_dict())
+    keys = other.load_state_dict(state, strict=False, prefix="a.")
+    assert keys.missing_keys == []
+    assert set(keys.unexpected_keys) == {"a.bias", *layers["a.b."].state_dict("a.b.")}
+
+
+def test_loading_with_gaps(rng):
+    state = trained(rng).state_dict()
+    layer = trained(rng, calls=5)
+    weight = layer.weight.copy()
+    del state["weight"]
+    state["extra"] = np.zeros(1)
+    keys = layer.load_state_dict(state, strict=False)
+    assert keys == (["weight"], ["extra"])
+    np.testing.assert_array_equal(layer.weight, weight)
+    np.testing.assert_array_equal(layer.running_mean, state["running_mean"])
+    assert layer.num_batches_tracked == 2
+
+
+def test_a_missing_counter_is_kept(rng):
+    state = trained(rng).state_dict()
+    del state["num_batches_tracked"]
+    layer = trained(rng, calls=5)
+    assert layer.load_state_dict(state) == ([], [])
+    assert layer.num_batches_tracked == 5
+    np.testing.assert_array_equal(layer.running_mean, state["running_mean"])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32])
+def test_loading_other_dtypes(dtype):
+    layer = bnfast.BatchNorm2d(3)
+    layer.load_state_dict({"weight": np.array([1, 2, 3], dtype)}, strict=False)
+    assert layer.weight.dtype == np.float32
+    np.testing.assert_array_equal(layer.weight, [1, 2, 3])
+
+
+@pytest.mark.parametrize("counter", [7, np.int32(7), 7.0, np.array([7])])
+def test_loading_counters(counter):
+    layer = bnfast.BatchNorm2d(3)
+    layer.load_state_dict({"num_batches_tracked": counter}, strict=False)
+    assert layer.num_batches_tracked == 7
+
+
+COPIES = {
+    **{
+        f"pickle{protocol}": lambda layer, protocol=protocol: pickle.loads(
+            pickle.dumps(layer, protocol)
+        )
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    },
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"bias": False, "dtype": np.float64}, {"affine": False, "track_running_stats": False}],
+)
+def test_copies(rng, how, arguments):
+    layer = trained(rng, eps=1e-3, momentum=None, activation="relu", **arguments)
+    layer.backward(draw(rng))
+    twin = COPIES[how](layer)
+    assert type(twin) is type(layer)
+    assert repr(twin) == repr(layer)
+    assert_same_state(twin.state_dict(), layer.state_dict())
+    for name in ("grad_weight", "grad_bias"):
+        np.testing.assert_array_equal(getattr(twin, name), getattr(layer, name))
+    with pytest.raises(RuntimeError, match="the layer was copied after its last forward"):
+        twin.backward(draw(rng))
+    x = draw(rng)
+    assert_same_bits("y", twin(x), layer(x))
+    assert_same_state(twin.state_dict(), layer.state_dict())
+
+    # The two share nothing, and the twin's vectors are its own.
+    before = layer.state_dict()
+    for name in VECTORS:
+        if getattr(twin, name) is not None:
+            getattr(twin, name)[...] = 5.0
+    assert_same_state(layer.state_dict(), before)
+    if twin.weight is not None:
+        expected = F.batch_norm(x, None, None, np.full(3, 5.0), twin.bias, True, eps=1e-3)
+        assert_same_bits("after a write", twin(x), np.maximum(expected, 0))
+
+
+@pytest.mark.parametrize("table", [np.ones((4, 2), np.float32), np.ones((4, 3), np.int64)])
+def test_a_pickle_with_a_wrong_table(table):
+    layer = bnfast.BatchNorm2d(3)
+    state = layer.__getstate__()
+    state["_table"] = table
+    with pytest.raises(ValueError, match=r"^not the state of a layer with 3 features$"):
+        bnfast.BatchNorm2d.__new__(bnfast.BatchNorm2d).__setstate__(state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({}, ""),
+        ({"bias": False}, ", bias=False"),
+        ({"dtype": np.float64}, ", dtype=float64"),
+        ({"activation": "relu", "backend": "numpy"}, ", activation='relu', backend='numpy'"),
+    ],
+)
+def test_repr(arguments, text):
+    layer = bnfast.BatchNorm3d(7, **arguments)
+    assert repr(layer) == (
+        "BatchNorm3d(7, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True" + text + ")"
+    )
+    names = {"BatchNorm3d": bnfast.BatchNorm3d, "float64": np.float64}
+    assert repr(eval(repr(layer), names)) == repr(layer)
+
+
+def test_repr_without_parameters():
+    layer = bnfast.BatchNorm1d(2, affine=False, momentum=None, track_running_stats=False)
+    assert repr(layer) == (
+        "BatchNorm1d(2, eps=1e-05, momentum=None, affine=False, track_running_stats=False)"
+    )
+
+
+# ---- threads ------------------------------------------------------------------------------------
+
+
+@over_backends
+def test_an_eval_layer_is_shared_by_threads(rng, backend):
+    """Arrays large enough for the parallel region, which only one caller gets at a time."""
+    layer = bnfast.BatchNorm2d(16, backend=backend).eval()
+    layer.running_mean, layer.running_var = rng.normal(size=16), rng.uniform(0.5, 2, 16)
+    inputs = [draw(rng, (2, 16, 64, 64)) for _ in range(4)]
+    expected = [layer(x) for x in inputs]
+    failures = []
+    start = threading.Barrier(4)
+
+    def work(x, y):
+        start.wait()
+        for _ in range(20):
+            if not np.array_equal(layer(x), y):
+                failures.append("an output differs")
+
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_a_layer_names_its_backend(monkeypatch):
+    with pytest.raises(bnfast.UnknownBackendError):
+        bnfast.BatchNorm2d(3, backend="nmupy")
+    called = []
+    original = numpy_reference.train
+    monkeypatch.setattr(
+        numpy_reference, "train", lambda *a, **k: (called.append(1), original(*a, **k))
+    )
+    bnfast.BatchNorm2d(3, backend="numpy")(np.ones(SHAPE, np.float32))
+    assert called == [1]
