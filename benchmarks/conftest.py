@@ -61,10 +61,11 @@ def _circumstances(contender: str) -> dict[str, Any]:
     """Return who ran: threads, instruction set, versions."""
     name = contender.removesuffix(", out=")
     if name in bnfast.list_backends():
+        packages = ("bnfast", "numpy", "numba") if name == "numba" else ("bnfast", "numpy")
         return {
             "threads": bnfast.get_num_threads(),
             "instruction_set": bnfast.registry.load(name).instruction_set(),
-            "versions": {package: version(package) for package in ("bnfast", "numpy")},
+            "versions": {package: version(package) for package in packages},
         }
     if name == "torch":
         import torch

@@ -63,28 +63,35 @@ def test_every_backend_module_is_a_set_of_kernels(mypy):
 @pytest.mark.parametrize(
     ("changed", "code"),
     [
+        (None, ""),
         ("unavailable", "def unavailable() -> int: ..."),
         ("accepts", "def accepts(x: object, y: int) -> bool: ..."),
         ("moments", "def moments(x: Floats, *, mean: Channels, num_threads: int) -> None: ..."),
     ],
 )
 def test_a_module_that_differs_is_refused(mypy, tmp_path, changed, code):
-    """The check above can fail: a backend with one other signature is no set of kernels."""
-    functions = [name for name in vars(Kernels) if not name.startswith("_") and name != changed]
-    (tmp_path / "wrong.py").write_text(
+    """The check above can fail: with one other signature a module is no set of kernels."""
+    # "as": a strict mypy takes names that are merely imported for private.
+    functions = [
+        f"{name} as {name}"
+        for name in vars(Kernels)
+        if not name.startswith("_") and name != changed
+    ]
+    (tmp_path / "mine.py").write_text(
         f"from bnfast.backends.cython_openmp import {', '.join(functions)}\n"
         f"from bnfast.spec import Channels, Floats\n{code}\n"
     )
     status, messages = mypy(
         """
-        import wrong
+        import mine
         from bnfast.spec import Kernels
-        kernels: Kernels = wrong
+        kernels: Kernels = mine
         """,
     )
-    assert status == 1, messages
-    assert "Incompatible types in assignment" in messages, messages
-    assert changed in messages
+    if changed is None:
+        assert status == 0, messages
+    else:
+        assert 'has type Module, variable has type "Kernels"' in messages
 
 
 def test_public_api_is_typed_for_its_users(mypy):

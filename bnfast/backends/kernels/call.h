@@ -21,7 +21,7 @@
 /* Elements of a part of a channels-last reduction, at least, and rows, so that merging the parts'
    results stays a small share of the work. */
 #define BN_ROW_PART 16384
-#define BN_ROW_PART_ROWS 64
+#define BN_ROW_PART_ROWS 128
 
 #define BN_FOLD 64
 #define BN_ROW_PARTS 64

@@ -336,15 +336,4 @@ static void bn_column_gradient(bn_call *call, bn_index span)
                                    call->width, call->gradient, call->packed);
 }
 
-/* The same from the end: the second pass begins with what the first one left in the cache. */
-static void bn_column_normalize_reversed(bn_call *call, bn_index span)
-{
-    bn_column_normalize(call, call->spans - 1 - span);
-}
-
-static void bn_column_gradient_reversed(bn_call *call, bn_index span)
-{
-    bn_column_gradient(call, call->spans - 1 - span);
-}
-
 #endif

@@ -4,8 +4,6 @@ Every kernel is compiled for one explicit signature, taken from its annotations.
 Numba would compile anew, within the user's call, for a read-only array or for None.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 import functools
