@@ -53,30 +53,34 @@ static inline bn_index FN(block_rows)(bn_index width)
     return rows < BN_BLOCK_ROWS_MIN ? BN_BLOCK_ROWS_MIN : rows;
 }
 
-/* Moments of up to BN_COLUMNS columns: blocks are merged about the mean of the first one. */
+/* Moments of up to BN_COLUMNS columns: blocks are merged about the first mean of the first one. */
 static void FN(column_moments)(const char *x_bytes, bn_index rows, bn_index width, bn_index stride,
                                bn_moments *moments)
 {
     const REAL *x = (const REAL *)x_bytes;
     const bn_index step = FN(block_rows)(width);
+    if (rows <= step) {
+        FN(block_moments)(x, rows, width, stride, moments);
+        return;
+    }
     double shifted[BN_COLUMNS];
     bn_moments block[BN_COLUMNS];
-    FN(block_moments)(x, bn_min(step, rows), width, stride, moments);
-    for (bn_index c = 0; c < width; c++)
-        shifted[c] = 0.0;
-    for (bn_index row = step; row < rows; row += step) {
+    for (bn_index row = 0; row < rows; row += step) {
         const bn_index n = bn_min(step, rows - row);
         FN(block_moments)(x + row * stride, n, width, stride, block);
         for (bn_index c = 0; c < width; c++) {
+            if (row == 0) {
+                moments[c].mean = block[c].mean;
+                moments[c].m2 = shifted[c] = 0.0;
+            }
             const double d = bn_distance(block[c], moments[c]);
             shifted[c] += (double)n * d;
             moments[c].m2 += block[c].m2 + (double)n * d * d;
         }
     }
-    for (bn_index c = 0; rows > step && c < width; c++) {
-        const double d = shifted[c] / (double)rows;
-        const double m2 = moments[c].m2 - shifted[c] * d;
-        moments[c].low += d;
+    for (bn_index c = 0; c < width; c++) {
+        const double low = shifted[c] / (double)rows, m2 = moments[c].m2 - shifted[c] * low;
+        moments[c].low = low;
         moments[c].m2 = m2 < 0.0 ? 0.0 : m2;
     }
 }
