@@ -74,6 +74,10 @@ SUM_UNITS = 32.0
 """The error of a float64 sum over a channel is at most this times 2^-53 times the sum of its
 terms' magnitudes. For m2, whose mean is itself rounded, add n (SUM_UNITS 2^-53 mean)^2."""
 
+M2_RELATIVE_FLOAT32 = 2.0**-40
+"""float32 x: the relative error of m2 may be this large, which no float32 result can show. It
+leaves kernels free to sum the squares about a first guess of the mean, in one pass."""
+
 
 class Kernels(Protocol):
     """The functions of a backend module. mypy accepts the module itself as a ``Kernels``."""

@@ -61,7 +61,8 @@ def assert_same_training(y, expected, x, residual, layer):
         assert_same_bits("y", y, expected)
         return
     wide = x.astype(np.float64)
-    mean, std = (f(wide, axis=(0, 2, 3), keepdims=True) for f in (np.mean, np.std))
+    mean, var = (f(wide, axis=(0, 2, 3), keepdims=True) for f in (np.mean, np.var))
+    std = np.sqrt(var + layer.eps)
     weight, bias = layer.weight[:, None, None], layer.bias[:, None, None]
     scale = spec.output_scale((wide - mean) / std, weight, bias, residual, expected)
     if y.dtype == np.float32:

@@ -56,15 +56,18 @@ def assert_same_outputs(what: str, one: Outputs, other: Outputs) -> None:
         assert_same_bits(f"{what}: {name}", one[name], other[name])
 
 
-def assert_moments(outputs: Outputs, exact: Moments, x: Wide) -> None:
-    """Check ``mean`` and ``m2`` against `spec.SUM_UNITS`."""
+def assert_moments(
+    outputs: Outputs, exact: Moments, x: Wide, dtype: np.dtype[np.generic]
+) -> None:
+    """Check ``mean`` and ``m2``, of an array of ``dtype``, against the bounds of `spec`."""
     count = max(x.shape[1], 1)
     magnitude = np.abs(x).sum(axis=1).astype(np.float64)
     bound = spec.SUM_UNITS * UNIT * magnitude / count
     assert_within("mean", outputs["mean"], exact.mean, bound)
-    relative = spec.SUM_UNITS * UNIT
+    units = spec.SUM_UNITS * UNIT
+    relative = spec.M2_RELATIVE_FLOAT32 if dtype == np.float32 else units
     mean, m2 = (vector.astype(np.float64) for vector in exact)
-    assert_within("m2", outputs["m2"], exact.m2, relative * m2 + count * (relative * mean) ** 2)
+    assert_within("m2", outputs["m2"], exact.m2, relative * m2 + count * (units * mean) ** 2)
 
 
 def assert_output(

@@ -50,7 +50,7 @@ class ForwardTests:
         outputs = run("train", inputs, relu=relu)
         x = wide(rows(inputs.x))
         exact = reference.moments(x)
-        assert_moments(outputs, exact, x)
+        assert_moments(outputs, exact, x, inputs.x.dtype)
         self._check_output(outputs, inputs, exact.mean, exact.m2 / x.shape[1], relu=relu)
         return outputs
 
@@ -75,7 +75,7 @@ class ForwardTests:
     def test_moments(self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type) -> None:
         inputs = draw(rng, shape, dtype)
         x = wide(rows(inputs.x))
-        assert_moments(run("moments", inputs), reference.moments(x), x)
+        assert_moments(run("moments", inputs), reference.moments(x), x, inputs.x.dtype)
 
     @over("epilogue", EPILOGUES)
     @over("dtype", DTYPES)
@@ -205,7 +205,7 @@ class ForwardTests:
         m2 = wide(a["m2"]) + wide(b["m2"]) + delta * delta * n * k / (n + k)
         merged = {"mean": mean.astype(np.float64), "m2": m2.astype(np.float64)}
         x = wide(rows(inputs.x))
-        assert_moments(merged, reference.moments(x), x)
+        assert_moments(merged, reference.moments(x), x, inputs.x.dtype)
 
     @over("dtype", DTYPES)
     @over("plane", (1, 7, 49, 196, 1025))

@@ -10,24 +10,26 @@
    every vector that goes with it is repeated. Needs REAL, FN, and rows.h. */
 
 /* Block moments of up to BN_COLUMNS columns, four rows at a time, so that the sums are loaded and
-   stored once for four additions. */
+   stored once for four additions. The first mean is that of the block, or, for float32, of its
+   first rows: see row_moments. */
 static inline void FN(block_moments)(const REAL *x, bn_index rows, bn_index width, bn_index stride,
                                      bn_moments *moments)
 {
     double first[BN_COLUMNS], off[BN_COLUMNS], square[BN_COLUMNS];
+    const bn_index sample = BN_IS_DOUBLE ? rows : bn_min(rows, 4);
     for (bn_index c = 0; c < width; c++)
         first[c] = off[c] = square[c] = 0.0;
     bn_index row = 0;
-    for (; row + 4 <= rows; row += 4) {
+    for (; row + 4 <= sample; row += 4) {
         const REAL *p = x + row * stride, *q = p + stride, *r = q + stride, *s = r + stride;
         for (bn_index c = 0; c < width; c++)
             first[c] += ((double)p[c] + q[c]) + ((double)r[c] + s[c]);
     }
-    for (; row < rows; row++)
+    for (; row < sample; row++)
         for (bn_index c = 0; c < width; c++)
             first[c] += x[row * stride + c];
     for (bn_index c = 0; c < width; c++)
-        first[c] /= (double)rows;
+        first[c] /= (double)sample;
     for (row = 0; row + 4 <= rows; row += 4) {
         const REAL *p = x + row * stride, *q = p + stride, *r = q + stride, *s = r + stride;
         for (bn_index c = 0; c < width; c++) {

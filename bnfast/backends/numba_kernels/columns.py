@@ -66,6 +66,8 @@ ROWS = 256
 PARTS = 64
 """Parts times tiles, at most: more threads than that would have nothing to do."""
 
+CHUNK = 1000000000
+
 STRIP = 8
 """Rows that are added up before their sum is added to that of the block. A term then takes part in
 at most 8 + 256 / 8 additions, each of which errs by up to half a unit; `spec.SUM_UNITS` is 32.
@@ -263,7 +265,7 @@ def normalize_rows(x, residual, y, table, wide, exact, add, relu, thread, thread
     width, rows = wide_rows(x)
     rest = width % LANES
     begin, end = share(rows, thread, threads), share(rows, thread + 1, threads)
-    chunk = max(1, BLOCK // width)
+    chunk = max(1, CHUNK // width)
     for upper in range(end, begin, -chunk):
         for row in range(max(begin, upper - chunk), upper):
             start = row * width
@@ -452,7 +454,7 @@ def gradient_rows(dy, x, y, dx, dresidual, table, wide, exact, relu, both, threa
     width, rows = wide_rows(x)
     rest = width % LANES
     begin, end = share(rows, thread, threads), share(rows, thread + 1, threads)
-    chunk = max(1, BLOCK // width)
+    chunk = max(1, CHUNK // width)
     for upper in range(end, begin, -chunk):
         for row in range(max(begin, upper - chunk), upper):
             start = row * width
