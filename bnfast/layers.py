@@ -217,8 +217,9 @@ class _BatchNorm:
         if is_same(trained.y, x):
             self._saved = "its input was overwritten by out=x"
             return
-        relu = self.activation == "relu"
-        self._saved = _Saved(trained, x, weight.copy(), relu, residual)
+        # y only where the backward pass needs it: its memory is the next call's, still in the cache.
+        y = trained.y if self.activation == "relu" else None
+        self._saved = _Saved(x, y, trained.batch.mean, trained.invstd, weight.copy(), residual)
 
     def backward(self, dy: Any) -> NDArray[Any]:
         """Return the gradient of the input of the last training forward.
@@ -250,9 +251,9 @@ class _BatchNorm:
         gradients = backward_packed(
             dy,
             saved.x,
-            saved.trained.y if saved.relu else None,
-            saved.trained.batch.mean,
-            saved.trained.invstd,
+            saved.y,
+            saved.mean,
+            saved.invstd,
             saved.weight,
             True,
             saved.residual,
@@ -399,10 +400,11 @@ class _BatchNorm:
 class _Saved(NamedTuple):
     """What a training forward leaves for `backward`."""
 
-    trained: Trained
     x: NDArray[Any]
+    y: NDArray[Any] | None
+    mean: NDArray[np.float64]
+    invstd: NDArray[np.float64]
     weight: NDArray[np.float64]
-    relu: bool
     residual: bool
 
 

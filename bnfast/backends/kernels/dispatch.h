@@ -119,7 +119,7 @@ static inline double bn_total(double *lane)
 static inline bn_moments bn_corrected(double first, double deviation, double squares, double count)
 {
     const double low = deviation / count, m2 = squares - deviation * low;
-    const bn_moments moments = {first, isfinite(low) ? low : 0.0, m2 < 0.0 ? 0.0 : m2};
+    const bn_moments moments = {first, low, m2 < 0.0 ? 0.0 : m2};
     return moments;
 }
 

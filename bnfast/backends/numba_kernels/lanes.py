@@ -17,6 +17,7 @@ array goes to a function as a dozen numbers. Functions with ``_last`` in their n
     data(x)                          the address of x, which serves as x below
     load(x, i)                       x[i : i+16]
     load_last(x, stop, count)        the same for x[stop-count : stop]
+    prefetch(x, i)                   asks for the cache line of x[i], whether or not it exists
     store(y, i, v)                   y[i : i+16] = v, rounded to the dtype of y
     store_last(y, stop, v, count)    y[stop-count : stop] = the last lanes of v
     get(x, i), put(y, i, v)          one element
@@ -157,6 +158,24 @@ def store(typingctx, y, index, value):
         return context.get_dummy_value()
 
     return types.void(y, types.intp, value), codegen
+
+
+@intrinsic
+def prefetch(typingctx, x, index):
+    """Ask for the cache line of an element, which need not exist, into the L2 cache."""
+
+    def codegen(context, builder, sig, args):
+        byte = ir.IntType(8).as_pointer()
+        address = builder.bitcast(_address(context, builder, sig.args[0], *args), byte)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [byte] + [_I32] * 3),
+            "llvm.prefetch.p0i8",
+        )
+        builder.call(function, [address, _I32(0), _I32(2), _I32(1)])  # to read, into L2, data
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp), codegen
 
 
 @intrinsic
