@@ -4,8 +4,6 @@ The public names. Importing this package imports NumPy and nothing heavier; a ba
 when it is first used.
 """
 
-
-
 from bnfast import functional
 from bnfast.channels import Moments
 from bnfast.config import show_config

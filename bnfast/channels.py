@@ -102,10 +102,10 @@ def is_real(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "fiu" or dtype.name == "bfloat16"
 
 
-def invstd(var: Channels, eps: float) -> Channels:
-    """Return 1 / sqrt(var + eps); inf and NaN where the variance is zero or negative."""
+def invstd(batch: Moments, eps: float) -> Channels:
+    """Return 1 / sqrt(biased variance + eps)."""
     with np.errstate(all="ignore"):
-        result: Channels = 1.0 / np.sqrt(var + eps)
+        result: Channels = 1.0 / np.sqrt(batch.m2 / max(batch.count, 1) + eps)
     return result
 
 

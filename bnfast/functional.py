@@ -179,7 +179,7 @@ def batch_norm_with_stats(
     packed_weight = channels.pack(weight, 1.0, count, "weight")
     packed_bias = channels.pack(bias, 0.0, count, "bias")
     trained = train_packed(x, packed_weight, packed_bias, eps, residual, relu, out, backend)
-    return trained.y, trained.batch.mean, trained.invstd
+    return trained.y, trained.batch.mean, channels.invstd(trained.batch, eps)
 
 
 def batch_norm_backward(
@@ -287,7 +287,6 @@ class Trained(NamedTuple):
 
     y: NDArray[Any]
     batch: Moments
-    invstd: Channels
 
 
 def normalize_packed(
@@ -370,8 +369,7 @@ def train_packed(
         )
     finally:
         threads.release(num_threads)
-    invstd = channels.invstd(m2 / max(plan.count, 1), eps)
-    return Trained(_deliver(out, y), Moments(plan.count, mean, m2), invstd)
+    return Trained(_deliver(out, y), Moments(plan.count, mean, m2))
 
 
 def backward_packed(

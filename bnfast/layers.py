@@ -54,38 +54,7 @@ def _vector(row: int, text: str) -> property:
 
 
 class _BatchNorm:
-    """Batch normalisation over axis 1, with the semantics of PyTorch's layer.
-
-    Parameters
-    ----------
-    num_features : int
-        Number of channels, C.
-    eps : float
-        Added to the variance.
-    momentum : float or None
-        Weight of the new value in the running statistics; None keeps the cumulative average.
-    affine : bool
-        Whether the layer has a weight and a bias.
-    track_running_stats : bool
-        Whether it keeps running statistics. Without them it uses the batch's, in eval mode too.
-    bias : bool
-        Whether an affine layer has a bias.
-    dtype : dtype
-        Of parameters and running statistics: float32 or float64. The input's may differ.
-    activation : None or "relu"
-        Applied to the result, in the same pass over memory.
-    backend : str, optional
-        A backend's name for this layer's calls, checked at once.
-
-    Attributes
-    ----------
-    training : bool
-        The mode; a new layer trains.
-    grad_weight, grad_bias : ndarray of shape (C,), or None
-        Gradients that `backward` added up since `zero_grad`.
-    grad_residual : ndarray or None
-        Gradient of the last call's residual.
-    """
+    """The layer of every rank; `BatchNorm2d` documents it."""
 
     _ndims: ClassVar[tuple[int, ...]]
     training: bool
@@ -193,9 +162,7 @@ class _BatchNorm:
         check_eps(self.eps, training=True)
         count = None if self.num_batches_tracked is None else self.num_batches_tracked + 1
         factor = self._factor(count)
-        trained = train_packed(
-            x, packed[0], packed[1], self.eps, residual, relu, out, self.backend
-        )
+        trained = train_packed(x, packed[0], packed[1], self.eps, residual, relu, out, self.backend)
         if tracked:
             self.num_batches_tracked = count
             if trained.batch.count:
@@ -217,9 +184,9 @@ class _BatchNorm:
         if is_same(trained.y, x):
             self._saved = "its input was overwritten by out=x"
             return
-        # y only where the backward pass needs it: its memory is the next call's, still in the cache.
+        # y only where backward needs it: else its memory is the next call's, still in the cache.
         y = trained.y if self.activation == "relu" else None
-        self._saved = _Saved(x, y, trained.batch.mean, trained.invstd, weight.copy(), residual)
+        self._saved = _Saved(x, y, trained.batch, weight.copy(), self.eps, residual)
 
     def backward(self, dy: Any) -> NDArray[Any]:
         """Return the gradient of the input of the last training forward.
@@ -252,8 +219,8 @@ class _BatchNorm:
             dy,
             saved.x,
             saved.y,
-            saved.mean,
-            saved.invstd,
+            saved.batch.mean,
+            channels.invstd(saved.batch, saved.eps),
             saved.weight,
             True,
             saved.residual,
@@ -402,9 +369,9 @@ class _Saved(NamedTuple):
 
     x: NDArray[Any]
     y: NDArray[Any] | None
-    mean: NDArray[np.float64]
-    invstd: NDArray[np.float64]
+    batch: channels.Moments
     weight: NDArray[np.float64]
+    eps: float
     residual: bool
 
 
@@ -431,7 +398,38 @@ class BatchNorm1d(_BatchNorm):
 
 
 class BatchNorm2d(_BatchNorm):
-    __doc__ = f"""{_BatchNorm.__doc__}
+    """Batch normalisation of inputs of shape (N, C, H, W), with the semantics of PyTorch's layer.
+
+    Parameters
+    ----------
+    num_features : int
+        Number of channels, C.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        Weight of the new value in the running statistics; None keeps the cumulative average.
+    affine : bool
+        Whether the layer has a weight and a bias.
+    track_running_stats : bool
+        Whether it keeps running statistics. Without them it uses the batch's, in eval mode too.
+    bias : bool
+        Whether an affine layer has a bias.
+    dtype : dtype
+        Of parameters and running statistics: float32 or float64. The input's may differ.
+    activation : None or "relu"
+        Applied to the result, in the same pass over memory.
+    backend : str, optional
+        A backend's name for this layer's calls, checked at once.
+
+    Attributes
+    ----------
+    training : bool
+        The mode; a new layer trains.
+    grad_weight, grad_bias : ndarray of shape (C,), or None
+        Gradients that `backward` added up since `zero_grad`.
+    grad_residual : ndarray or None
+        Gradient of the last call's residual.
+
     Examples
     --------
     >>> import numpy as np, bnfast

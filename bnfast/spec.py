@@ -4,8 +4,8 @@ A backend is a *module of plain functions* that matches :class:`Kernels`. It hol
 and nothing else: a call arrives validated, with every output allocated.
 
 Array forms
-    ``x`` and everything shaped like it (``y``, ``residual``, ``dy``, ``dx``, ``dresidual``) comes in
-    one of two forms, C-contiguous and aligned, told apart by ``ndim``::
+    ``x`` and everything shaped like it (``y``, ``residual``, ``dy``, ``dx``, ``dresidual``) comes
+    in one of two forms, C-contiguous and aligned, told apart by ``ndim``::
 
         channels-first  (N, C, S)   S = H * W; one channel is N runs of S adjacent elements
         channels-last   (M, C)      M = N * H * W; one channel is a column
@@ -220,4 +220,5 @@ def gradient_scale(
     xhat counts as at least 1 in magnitude: that is the size of its own rounding.
     """
     spread = np.abs(mean_dy_xhat) * np.maximum(1.0, np.abs(xhat))
-    return np.abs(weight * invstd) * (np.abs(g) + np.abs(mean_dy) + spread)
+    scale: Floats = np.abs(weight * invstd) * (np.abs(g) + np.abs(mean_dy) + spread)
+    return scale

@@ -85,6 +85,16 @@ def test_running_statistics_are_written_in_place_in_their_own_dtype(rng, backend
 
 
 @over_backends
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 5), (4, 3, 0)])
+def test_an_empty_batch_leaves_the_running_statistics(rng, shape, backend):
+    running = vectors(rng)[:2]
+    before = [vector.copy() for vector in running]
+    assert F.batch_norm(np.empty(shape), *running, training=True, backend=backend).shape == shape
+    for vector, copy in zip(running, before, strict=True):
+        np.testing.assert_array_equal(vector, copy)
+
+
+@over_backends
 @pytest.mark.parametrize("training", [True, False])
 def test_defaults_are_neutral(rng, training, backend):
     x = draw(rng)

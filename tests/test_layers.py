@@ -230,6 +230,16 @@ def test_assigning_a_vector_copies_it(rng, training):
     np.testing.assert_array_equal(view, [4.0, 3.0, 2.0])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_none_stands_for_the_neutral_value(rng, training):
+    layer = trained(rng).train(training)
+    layer.weight = layer.bias = None
+    neutral = bnfast.BatchNorm2d(3, affine=False).train(training)
+    neutral.load_state_dict(layer.state_dict())
+    x = draw(rng)
+    assert_same_bits("y", layer(x), neutral(x))
+
+
 def test_assigning_none_and_back(rng):
     layer = bnfast.BatchNorm2d(3)
     layer.weight, layer.bias = np.full(3, 2.0), np.full(3, 5.0)
@@ -399,8 +409,9 @@ def test_an_eval_call_leaves_the_saved_forward_alone(rng):
         bare.backward(dy)
 
 
-def test_weights_written_after_the_forward_do_not_change_its_gradient(rng):
-    layer, untouched = trained(rng), bnfast.BatchNorm2d(3)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_weights_written_after_the_forward_do_not_change_its_gradient(rng, dtype):
+    layer, untouched = trained(rng, dtype=dtype), bnfast.BatchNorm2d(3, dtype=dtype)
     untouched.load_state_dict(layer.state_dict())
     x, dy = draw(rng), draw(rng)
     layer(x)

@@ -308,6 +308,22 @@ def test_plan(rng, ndim):
             assert plan.memory_shape == shape
 
 
+@EVERY_LAYOUT
+@DTYPES
+def test_kernels_get_what_the_contract_says(rng, lies, dtype):
+    """C-contiguous, aligned, in native byte order; and a view where the array is all that."""
+    x = LAYOUTS[lies](integers(rng, dtype))
+    plan = layout.plan(x.shape, x.strides, x.dtype)
+    form = host_arrays.view(x, plan)
+    assert form.flags.c_contiguous
+    assert form.flags.aligned
+    assert form.dtype == dtype
+    fits = plan.dense and x.flags.aligned and x.dtype.isnative
+    assert np.shares_memory(form, x) == fits
+    if lies in DENSE:
+        assert fits
+
+
 def test_plan_depends_on_metadata_alone():
     x = np.empty((2, 3, 4, 5), np.float32)
     plan = layout.plan(x.shape, x.strides, x.dtype)

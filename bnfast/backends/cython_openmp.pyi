@@ -4,6 +4,7 @@ from bnfast.layout import Plan
 from bnfast.spec import Channels, Floats
 
 OPENMP: bool
+CYTHON_VERSION: str
 
 def unavailable() -> str | None: ...
 def instruction_set() -> str: ...

@@ -86,7 +86,11 @@ cdef extern from *:
     const bint BN_OPENMP
     int BN_PAUSE() nogil
 
+cdef extern from *:
+    const unsigned long CYTHON_HEX_VERSION
+
 OPENMP = bool(BN_OPENMP)
+CYTHON_VERSION = ".".join([str(CYTHON_HEX_VERSION >> shift & 255) for shift in (24, 16, 8)])
 
 cdef tuple LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
 cdef int level = 0

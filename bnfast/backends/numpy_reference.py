@@ -194,7 +194,7 @@ def _wide(x: Floats) -> Floats:
 
 def _count(x: Floats) -> int:
     """Return the number of elements per channel, at least 1, so that sums of nothing are 0."""
-    return max(x.shape[0] * (x.shape[2] if x.ndim == 3 else 1), 1)
+    return max(int(x.shape[0]) * (int(x.shape[2]) if x.ndim == 3 else 1), 1)
 
 
 def _each(vector: Channels) -> Floats:

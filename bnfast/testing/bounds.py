@@ -56,9 +56,7 @@ def assert_same_outputs(what: str, one: Outputs, other: Outputs) -> None:
         assert_same_bits(f"{what}: {name}", one[name], other[name])
 
 
-def assert_moments(
-    outputs: Outputs, exact: Moments, x: Wide, dtype: np.dtype[np.generic]
-) -> None:
+def assert_moments(outputs: Outputs, exact: Moments, x: Wide, dtype: np.dtype[np.generic]) -> None:
     """Check ``mean`` and ``m2``, of an array of ``dtype``, against the bounds of `spec`."""
     count = max(x.shape[1], 1)
     magnitude = np.abs(x).sum(axis=1).astype(np.float64)

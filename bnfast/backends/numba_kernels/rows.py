@@ -47,6 +47,7 @@ from bnfast.backends.numba_kernels.lanes import (
     load,
     load_last,
     muladd,
+    prefetch,
     rectify,
     store,
     store_last,
@@ -58,6 +59,13 @@ from bnfast.backends.numba_kernels.lanes import (
 BLOCK = 48
 """Vectors of sixteen elements in a block, at most: 48 additions to a lane and 4 across them, each
 of which errs by up to half a unit; `spec.SUM_UNITS` is 32."""
+
+
+AHEAD = 1024
+"""Elements by which memory is asked for ahead, into the L2 cache."""
+
+FORESEEN = 4096
+"""Elements"""
 
 
 @inline
@@ -86,6 +94,21 @@ def block_at(shape, channel, block):
     )
 
 
+@inline
+def next_needed(shape, at):
+    """Return how far from an element of a run that one is which should be asked for with it.
+
+    That is the same element `AHEAD` elements on in the channel; after its last run comes the first
+    run of the next channel. The hardware foresees the way within a run, so long runs need no help.
+    """
+    samples, channels, size = shape
+    if size > FORESEEN:
+        return 0
+    distance = min(max(AHEAD // size, 1), samples) * channels * size
+    beyond = at + distance >= samples * channels * size
+    return distance + size - samples * channels * size if beyond else distance
+
+
 @step
 def measure_block(x, shape, channel, block):
     """Return count, mean, the error of the mean, and m2 of a block."""
@@ -95,7 +118,9 @@ def measure_block(x, shape, channel, block):
     values = zeros()
     for first in range(start, start + runs * stride, stride):
         stop = first + length
+        ahead = next_needed(shape, first)
         for i in range(first, stop - rest, LANES):
+            prefetch(x, i + ahead)
             values = values + cast(load(x, i), values)
         if rest:
             values = values + cast(load_last(x, stop, rest), values)
@@ -264,7 +289,10 @@ def sum_block(dy, x, y, shape, channel, block, center, relu):
     products = zeros()
     for first in range(start, start + runs * stride, stride):
         stop = first + length
+        ahead = next_needed(shape, first)
         for i in range(first, stop - rest, LANES):
+            prefetch(dy, i + ahead)
+            prefetch(x, i + ahead)
             g = load(dy, i)
             if relu:
                 g = where_positive(load(y, i), g)
