@@ -61,7 +61,7 @@ BLOCK = 48
 of which errs by up to half a unit; `spec.SUM_UNITS` is 32."""
 
 
-AHEAD = 1024
+AHEAD = 512
 """Elements by which memory is asked for ahead, into the L2 cache."""
 
 FORESEEN = 4096
