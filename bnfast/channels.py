@@ -69,6 +69,13 @@ class Moments:
         return Moments(count, mean, m2)
 
 
+def as_array(value: Any) -> np.ndarray[Any, Any]:
+    """Return ``value`` as an array; raise TypeError for masked arrays, whose mask would be lost."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError("masked arrays are not accepted: the mask would be ignored")
+    return np.asarray(value)
+
+
 def pack(vector: Any, default: float, channels: int, name: str) -> Channels:
     """Return a parameter as the kernels want it: float64, contiguous, never None.
 
@@ -81,7 +88,7 @@ def pack(vector: Any, default: float, channels: int, name: str) -> Channels:
     """
     if vector is None:
         return np.full(channels, default)
-    array = np.asarray(vector)
+    array = as_array(vector)
     check_vector(array, channels, name)
     return np.ascontiguousarray(array, np.float64)
 

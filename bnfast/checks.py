@@ -24,10 +24,8 @@ def admit(x: Any, ndim: tuple[int, ...] | None) -> NDArray[Any]:
     ValueError
         For other numbers of dimensions.
     """
-    if type(x) is not np.ndarray:
-        if isinstance(x, np.ma.MaskedArray):
-            raise TypeError("masked arrays are not accepted: the mask would be ignored")
-        x = x if registry.on_device(x) else np.asarray(x)
+    if type(x) is not np.ndarray and not registry.on_device(x):
+        x = channels.as_array(x)
     if x.dtype.char not in "fd":
         raise TypeError(
             f"expected an array of float32 or float64, got dtype {x.dtype}; "
@@ -63,7 +61,7 @@ def check_eps(eps: float, training: bool) -> None:
 def check_like(array: Any, x: NDArray[Any], name: str) -> NDArray[Any]:
     """Return ``array`` as an array; raise unless it has the shape and dtype of ``x``."""
     if type(array) is not np.ndarray and not registry.on_device(array):
-        array = np.asarray(array)
+        array = channels.as_array(array)
     if array.shape != x.shape:
         raise ValueError(f"{name} should have the shape of x, {x.shape}, got {array.shape}")
     if array.dtype.char != x.dtype.char:
@@ -83,7 +81,7 @@ def check_out(
     It may be one of the arrays of ``may_be`` itself, but overlaps none of them otherwise, and none
     of ``may_not_be`` at all.
     """
-    if not hasattr(out, "dtype"):
+    if not (isinstance(out, np.ndarray) or registry.on_device(out)):
         raise TypeError(f"out should be an array like x, got {type(out).__name__}")
     if out.shape != x.shape:
         raise ValueError(f"out should have the shape of x, {x.shape}, got {out.shape}")
@@ -91,24 +89,36 @@ def check_out(
         raise TypeError(f"out should have dtype {x.dtype.newbyteorder('=')}, got {out.dtype}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
+    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.strides, strict=True)):
+        raise ValueError("out has elements that share their memory")
     for name, array in may_be.items():
         if array is not out and array is not None and not is_same(out, array):
             _check_apart(out, array, f"out overlaps {name} without being {name} itself")
-    for name, array in (may_not_be or {}).items():
-        if array is not None:
-            _check_apart(out, array, f"out overlaps {name}")
+    check_apart(out, may_not_be or {})
+
+
+def check_apart(out: NDArray[Any] | None, arrays: Mapping[str, Any]) -> None:
+    """Raise ValueError if ``out`` overlaps one of ``arrays``."""
+    if out is not None:
+        for name, array in arrays.items():
+            if isinstance(array, np.ndarray):
+                _check_apart(out, array, f"out overlaps {name}")
 
 
 def is_same(a: NDArray[Any], b: NDArray[Any]) -> bool:
     """Return whether two arrays of one shape are the same elements in the same places."""
-    return a.strides == b.strides and a.__array_interface__["data"] == b.__array_interface__["data"]
+    if a.__array_interface__["data"] != b.__array_interface__["data"]:
+        return False
+    return all(
+        n <= 1 or one == other for n, one, other in zip(a.shape, a.strides, b.strides, strict=True)
+    )
 
 
 def _check_apart(out: NDArray[Any], array: NDArray[Any], message: str) -> None:
     """Raise ValueError if two arrays share memory, or if that is too hard to tell."""
     if not np.may_share_memory(out, array):
         return
-    max_work: Any = 100_000  # a tenth of a second; NumPy's stub knows -1 and 0 alone
+    max_work: Any = 100_000  # the problem is NP-complete; NumPy's stub knows -1 and 0 alone
     try:
         shared = np.shares_memory(out, array, max_work=max_work)
     except np.exceptions.TooHardError:

@@ -17,6 +17,7 @@ from bnfast import channels, layout, registry, threads
 from bnfast.channels import Moments
 from bnfast.checks import (
     admit,
+    check_apart,
     check_both_running,
     check_eps,
     check_like,
@@ -141,6 +142,7 @@ def batch_norm(
     check_both_running(running_mean, running_var)
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
         check_running(running, count, name)
+    check_apart(out, {"running_mean": running_mean, "running_var": running_var})
     trained = train_packed(x, packed_weight, packed_bias, eps, residual, relu, out, backend)
     if trained.batch.count:
         channels.update_running(running_mean, running_var, trained.batch, momentum)
@@ -240,8 +242,8 @@ def batch_norm_backward(
     if relu and y is None:
         raise ValueError('activation="relu" needs y, the output of the forward call')
     packed_weight = channels.pack(weight, 1.0, count, "weight")
-    packed_mean = channels.pack(np.asarray(mean), 0.0, count, "mean")
-    packed_invstd = channels.pack(np.asarray(invstd), 1.0, count, "invstd")
+    packed_mean = channels.pack(channels.as_array(mean), 0.0, count, "mean")
+    packed_invstd = channels.pack(channels.as_array(invstd), 1.0, count, "invstd")
     return backward_packed(
         dy,
         x,
@@ -273,10 +275,11 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
     """
     x = admit(x, ndim=None)
     kernels, plan = _dispatch(x, backend)
+    x_form = kernels.view(x, plan)
     mean, m2 = np.empty(x.shape[1]), np.empty(x.shape[1])
     num_threads = threads.claim(x.size)
     try:
-        kernels.moments(kernels.view(x, plan), mean=mean, m2=m2, num_threads=num_threads)
+        kernels.moments(x_form, mean=mean, m2=m2, num_threads=num_threads)
     finally:
         threads.release(num_threads)
     return Moments(plan.count, mean, m2)
@@ -309,11 +312,12 @@ def normalize_packed(
         check_out(out, x, may_be={"x": x, "residual": residual})
     if residual is not None:
         residual = kernels.view(residual, plan)
+    x_form = kernels.view(x, plan)
     y, y_form = _destination(out, plan, kernels, x)
     num_threads = threads.claim(x.size)
     try:
         kernels.normalize(
-            kernels.view(x, plan),
+            x_form,
             mean,
             var,
             weight,
@@ -351,12 +355,13 @@ def train_packed(
         check_out(out, x, may_be={"x": x, "residual": residual})
     if residual is not None:
         residual = kernels.view(residual, plan)
+    x_form = kernels.view(x, plan)
     y, y_form = _destination(out, plan, kernels, x)
     mean, m2 = np.empty(weight.shape), np.empty(weight.shape)
     num_threads = threads.claim(x.size)
     try:
         kernels.train(
-            kernels.view(x, plan),
+            x_form,
             weight,
             bias,
             eps,

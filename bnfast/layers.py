@@ -45,7 +45,7 @@ def _vector(row: int, text: str) -> property:
 
     def assign(self: _BatchNorm, value: Any) -> None:
         if value is not None:
-            array = np.asarray(value)
+            array = channels.as_array(value)
             channels.check_vector(array, self.num_features, name)
         self._table[row] = _NEUTRAL[row] if value is None else array
         self._views[row] = None if value is None else self._table[row]
@@ -82,9 +82,11 @@ class _BatchNorm:
             raise ValueError(f"num_features should not be negative, got {num_features}")
         check_eps(eps, training=False)
         is_relu(activation)
-        dtype = np.dtype(dtype)
+        dtype = np.dtype(np.float32 if dtype is None else dtype).newbyteorder("=")
         if dtype.char not in "fd":
             raise TypeError(f"dtype should be float32 or float64, got {dtype}")
+        if momentum is not None:
+            float(momentum)
         if backend is not None:
             registry.choose(backend)
         self.num_features = num_features
@@ -318,14 +320,17 @@ class _BatchNorm:
                 f"cannot load the state of {type(self).__name__}: {', '.join(parts)}; "
                 f"expected {list(own)}"
             )
-        found = {key: np.asarray(mapping[key]) for key in own if key in mapping}
+        found = {key: channels.as_array(mapping[key]) for key in own if key in mapping}
         count = None
         if counter in found:
             count = _as_counter(found.pop(counter), counter)
         for key, array in found.items():
             channels.check_vector(array, self.num_features, key)
-        for key, array in found.items():
-            setattr(self, key.removeprefix(prefix), array)
+        table = self._table.copy()
+        with np.errstate(over="ignore"):
+            for key, array in found.items():
+                table[_VECTORS.index(key.removeprefix(prefix))] = array
+        self._table[:] = table
         if count is not None:
             self.num_batches_tracked = count
         return IncompatibleKeys(missing, unexpected)

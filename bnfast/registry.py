@@ -294,6 +294,12 @@ def current(argument: str | None = None) -> Choice:
 
 
 @functools.cache
+def _instruction_set_limit() -> str:
+    """Return the highest instruction set to use, or nothing for what the CPU has."""
+    return os.environ.get("BNFAST_ISA", "").strip()
+
+
+@functools.cache
 def _environment() -> Choice | None:
     """Return what ``BNFAST_BACKEND`` chooses; None if it is unset or empty."""
     names = os.environ.get("BNFAST_BACKEND", "").strip()
@@ -385,6 +391,14 @@ def _import(entry: Entry) -> Kernels:
         else:
             reason = f"importing {entry.module} failed: {error}"
         raise BackendUnavailableError(reason) from error
+    limit = _instruction_set_limit()
+    if limit and hasattr(kernels, "limit_instruction_set"):
+        try:
+            kernels.limit_instruction_set(limit)
+        except ValueError as error:
+            raise BackendUnavailableError(
+                f"the environment variable BNFAST_ISA: {error}"
+            ) from error
     sentence = kernels.unavailable()
     if sentence is not None:
         raise BackendUnavailableError(sentence)
@@ -434,5 +448,5 @@ def _reset() -> None:
     _table.update({entry.name: entry for entry in _BUILT_IN})
     _process_choice = None
     _announcement = threading.Lock()
-    for cached in (_environment, _automatic, _resolve):
+    for cached in (_environment, _instruction_set_limit, _automatic, _resolve):
         cached.cache_clear()

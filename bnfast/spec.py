@@ -24,10 +24,19 @@ Direction
 Duties
     Kernels do not validate, do not read the environment, and do not raise for data. NaN and inf
     stay in their own channel. With no elements (n = 0) ``mean``, ``m2`` and the sums are 0.
-    ``num_threads`` is a wish: the work is cut into parts that do not depend on it and partial
-    results are combined in a fixed order, so the same bits come out for any number of threads.
+    ``num_threads``, at least 1, is a wish: the work is cut into parts that do not depend on it and
+    partial results are combined in a fixed order, so the same bits come out for any number.
     Sums are carried in float64. An element of ``normalize`` depends on its own channel's numbers
     alone, so in inference a sample's output does not depend on its batch.
+    Where ``sum_dy_xhat`` is 0, as in eval mode, dx does not depend on x or mean, whatever these
+    hold.
+    A sum over a channel that has an infinity may be an infinity or NaN.
+
+Optional members
+    ``before_fork()`` is called before the process forks, if the module was loaded: stop what would
+    not survive. ``limit_instruction_set(name)`` takes ``BNFAST_ISA`` and raises ValueError for a
+    name that it does not know. ``OPENMP`` (a bool) and ``CYTHON_VERSION`` (a str) are reported by
+    `bnfast.show_config`.
 
 Rounding
     ``normalize`` computes ``(x - mean) * (weight / sqrt(var + eps)) + bias``, rounds it to the
@@ -75,8 +84,9 @@ SUM_UNITS = 32.0
 terms' magnitudes. For m2, whose mean is itself rounded, add n (SUM_UNITS 2^-53 mean)^2."""
 
 M2_RELATIVE_FLOAT32 = 2.0**-40
-"""float32 x: the relative error of m2 may be this large, which no float32 result can show. It
-leaves kernels free to sum the squares about a first guess of the mean, in one pass."""
+"""float32 x: the relative error of m2 may be this large, and that of the mean this times
+sqrt(m2 / n), which no float32 result can show. It leaves kernels free to sum the deviations and
+their squares about a first guess of the mean, in one pass."""
 
 
 class Kernels(Protocol):

@@ -63,6 +63,8 @@ def errors(y, x, mean, var, weight, bias, residual=None):
         0.0 if residual is None else rows(residual).astype(np.float64),
         exact.astype(np.float64),
     )
+    # Before a residual is added, the affine result is rounded; it may be the larger of the two.
+    t = np.maximum(t, np.abs(xhat.astype(np.float64) * weight[:, None] + bias[:, None]))
     if y.dtype == np.float32:
         unit = np.spacing(t.astype(np.float32)).astype(np.float64)
     else:

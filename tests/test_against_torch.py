@@ -392,15 +392,17 @@ class Pair:
         return spec.Y_UNITS_FLOAT64 * UNIT * growth[:, None] * scale
 
     def compare_output(self, y, twin_y, residual, statistics):
-        exact = in_rows(twin_y.detach().numpy())
+        affine = in_rows(twin_y.detach().numpy())
         added = 0.0 if residual is None else in_rows(residual).astype(np.float64)
-        exact = exact + added
+        exact = affine + added
         if self.layer.activation == "relu":
             exact = np.where(exact < 0, 0.0, exact)
         weight, bias = self.parameter("weight", 1.0), self.parameter("bias", 0.0)
         xhat = statistics["xhat"]
         with np.errstate(all="ignore"):
             scale = spec.output_scale(xhat, weight[:, None], bias[:, None], added, exact)
+            # Before a residual is added, the affine result is rounded.
+            scale = np.maximum(scale, np.abs(affine))
             growth = 1.0 + np.abs(statistics["mean"] * statistics["invstd"])
             bound = self.output_bound(y.dtype, scale, growth)
             bound = bound + np.abs(weight)[:, None] * statistics["xhat_bound"] + 4 * UNIT * scale

@@ -12,8 +12,6 @@ cimport numpy as cnp
 from cython.parallel cimport parallel, prange
 from libc.stdlib cimport free
 
-import os
-
 from bnfast.backends.host_arrays import accepts, empty, view
 
 cnp.import_array()
@@ -93,20 +91,18 @@ OPENMP = bool(BN_OPENMP)
 CYTHON_VERSION = ".".join([str(CYTHON_HEX_VERSION >> shift & 255) for shift in (24, 16, 8)])
 
 cdef tuple LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
-cdef int level = 0
+cdef int level
 
 
-def _choose_level():
-    """Take the highest instruction set that the CPU has and ``BNFAST_ISA`` allows."""
+level = bn_highest_level()
+
+
+def limit_instruction_set(name):
+    """Use no higher instruction set than ``name``, and none that the CPU does not have."""
     global level
-    highest = bn_highest_level()
-    wanted = os.environ.get("BNFAST_ISA") or LEVELS[highest]
-    if wanted not in LEVELS:
-        raise ValueError(f"BNFAST_ISA should be one of {', '.join(LEVELS)}, got {wanted!r}")
-    level = min(highest, LEVELS.index(wanted))
-
-
-_choose_level()
+    if name not in LEVELS:
+        raise ValueError(f"expected one of {', '.join(LEVELS)}, got {name!r}")
+    level = min(bn_highest_level(), LEVELS.index(name))
 
 
 def unavailable():
@@ -195,7 +191,8 @@ cdef inline bint keeps_channels_whole(const bn_call *call, int num_threads) noex
 
 def moments(
     cnp.ndarray x,                                          # IN
-    *, cnp.ndarray mean, cnp.ndarray m2, int num_threads,   # OUT
+    *, cnp.ndarray mean, cnp.ndarray m2,                    # OUT
+    int num_threads,
 ):
     """See `bnfast.spec.Kernels.moments`."""
     cdef bn_call call
@@ -213,7 +210,8 @@ def moments(
 def normalize(
     cnp.ndarray x, cnp.ndarray mean, cnp.ndarray var, cnp.ndarray weight, cnp.ndarray bias,
     double eps, cnp.ndarray residual,                       # IN
-    *, cnp.ndarray y, bint relu, int num_threads,           # OUT
+    *, cnp.ndarray y,                                       # OUT
+    bint relu, int num_threads,
 ):
     """See `bnfast.spec.Kernels.normalize`."""
     cdef bn_call call
@@ -234,7 +232,8 @@ def normalize(
 
 def train(
     cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps, cnp.ndarray residual,  # IN
-    *, cnp.ndarray y, cnp.ndarray mean, cnp.ndarray m2, bint relu, int num_threads,         # OUT
+    *, cnp.ndarray y, cnp.ndarray mean, cnp.ndarray m2,                                     # OUT
+    bint relu, int num_threads,
 ):
     """See `bnfast.spec.Kernels.train`."""
     cdef bn_call call
@@ -261,7 +260,8 @@ def train(
 
 def backward_sums(
     cnp.ndarray dy, cnp.ndarray x, cnp.ndarray y, cnp.ndarray mean, cnp.ndarray invstd,     # IN
-    *, cnp.ndarray sum_dy, cnp.ndarray sum_dy_xhat, bint relu, int num_threads,             # OUT
+    *, cnp.ndarray sum_dy, cnp.ndarray sum_dy_xhat,                                         # OUT
+    bint relu, int num_threads,
 ):
     """See `bnfast.spec.Kernels.backward_sums`."""
     cdef bn_call call
@@ -285,7 +285,8 @@ def backward_sums(
 def backward_input(
     cnp.ndarray dy, cnp.ndarray x, cnp.ndarray y, cnp.ndarray mean, cnp.ndarray invstd,
     cnp.ndarray weight, cnp.ndarray sum_dy, cnp.ndarray sum_dy_xhat, Py_ssize_t count,      # IN
-    *, cnp.ndarray dx, cnp.ndarray dresidual, bint relu, int num_threads,                   # OUT
+    *, cnp.ndarray dx, cnp.ndarray dresidual,                                               # OUT
+    bint relu, int num_threads,
 ):
     """See `bnfast.spec.Kernels.backward_input`."""
     cdef bn_call call
@@ -308,8 +309,8 @@ def backward_input(
 def backward(
     cnp.ndarray dy, cnp.ndarray x, cnp.ndarray y, cnp.ndarray mean, cnp.ndarray invstd,
     cnp.ndarray weight,                                                                     # IN
-    *, cnp.ndarray dx, cnp.ndarray dresidual, cnp.ndarray sum_dy, cnp.ndarray sum_dy_xhat,
-    bint relu, int num_threads,                                                             # OUT
+    *, cnp.ndarray dx, cnp.ndarray dresidual, cnp.ndarray sum_dy, cnp.ndarray sum_dy_xhat,  # OUT
+    bint relu, int num_threads,
 ):
     """See `bnfast.spec.Kernels.backward`."""
     cdef bn_call call

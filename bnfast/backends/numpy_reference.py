@@ -1,7 +1,7 @@
 """The kernels as their definition reads, in float64, with NumPy alone.
 
 This is what the other backends are measured against in spirit, and the last resort where none of
-them can run: exact, single-threaded, and free with memory (several float64 copies of x).
+them can run: float64 throughout, single-threaded, and free with memory (several float64 copies of x).
 
 Every function views its arrays with the channels in front, computes, and rounds at the end.
 """
@@ -132,7 +132,9 @@ def backward_input(
     with np.errstate(all="ignore"):
         g = _masked(dy, y)
         xhat = (_wide(x) - _each(mean)) * _each(invstd)
-        centred = g - (_each(sum_dy) + xhat * _each(sum_dy_xhat)) / count
+        # Where the sum is 0, as in eval mode, x does not matter, not even an infinite one.
+        spread = np.where(_each(sum_dy_xhat) == 0, 0.0, xhat * _each(sum_dy_xhat))
+        centred = g - (_each(sum_dy) + spread) / count
         _channels(dx)[...] = _each(weight * invstd) * centred
     if dresidual is not None:
         _channels(dresidual)[...] = g

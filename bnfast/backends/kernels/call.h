@@ -47,7 +47,6 @@ enum { BN_MOMENTS = 1, BN_SUMS = 2, BN_AFFINE = 4, BN_GRADIENT = 8 };
 typedef struct {
     const bn_kernels *kernels;
     bn_index outer, channels, inner;  /* N, C, S; or M, C, 1 */
-    bn_index elements;                /* of an array */
     bn_tiling tiles;                  /* channels-first: a channel, for reductions */
     bn_tiling units;                  /* channels-first: all runs, for elementwise passes */
     bn_index fold, width;             /* channels-last: rows in a wide row, its elements */
@@ -110,12 +109,11 @@ static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_inde
     call->outer = outer;
     call->channels = channels;
     call->inner = inner;
-    call->elements = outer * channels * inner;
     call->count = (double)outer * (double)inner;
     call->fold = 1;
     call->width = channels;
     if (!last) {
-        call->tiles = bn_tile(outer, inner, inner < BN_LANES ? BN_CHAIN : BN_TILE);
+        call->tiles = bn_tile(outer, inner, BN_TILE);
         call->units = bn_tile(outer * channels, inner, BN_PART);
         return;
     }

@@ -51,11 +51,11 @@ static inline void FN(block_moments)(const REAL *x, bn_index rows, bn_index widt
 
 static inline bn_index FN(block_rows)(bn_index width)
 {
-    const bn_index rows = BN_BLOCK_ELEMENTS / (width ? width : 1);
+    const bn_index rows = BN_BLOCK_ELEMENTS / width;
     return rows < BN_BLOCK_ROWS_MIN ? BN_BLOCK_ROWS_MIN : rows;
 }
 
-/* Moments of up to BN_COLUMNS columns: blocks are merged about the first mean of the first one. */
+/* Moments of up to BN_COLUMNS columns: one block after the other is merged into those before. */
 static void FN(column_moments)(const char *x_bytes, bn_index rows, bn_index width, bn_index stride,
                                bn_moments *moments)
 {
@@ -65,25 +65,17 @@ static void FN(column_moments)(const char *x_bytes, bn_index rows, bn_index widt
         FN(block_moments)(x, rows, width, stride, moments);
         return;
     }
-    double shifted[BN_COLUMNS];
     bn_moments block[BN_COLUMNS];
-    for (bn_index row = 0; row < rows; row += step) {
+    FN(block_moments)(x, step, width, stride, moments);
+    for (bn_index row = step; row < rows; row += step) {
         const bn_index n = bn_min(step, rows - row);
+        const double share = (double)n / (double)(row + n);
         FN(block_moments)(x + row * stride, n, width, stride, block);
         for (bn_index c = 0; c < width; c++) {
-            if (row == 0) {
-                moments[c].mean = block[c].mean;
-                moments[c].m2 = shifted[c] = 0.0;
-            }
-            const double d = bn_distance(block[c], moments[c]);
-            shifted[c] += (double)n * d;
-            moments[c].m2 += block[c].m2 + (double)n * d * d;
+            const double d = bn_distance(block[c], moments[c]) - moments[c].low;
+            moments[c].low += d * share;
+            moments[c].m2 += block[c].m2 + (double)row * share * d * d;
         }
-    }
-    for (bn_index c = 0; c < width; c++) {
-        const double low = shifted[c] / (double)rows, m2 = moments[c].m2 - shifted[c] * low;
-        moments[c].low = low;
-        moments[c].m2 = m2 < 0.0 ? 0.0 : m2;
     }
 }
 

@@ -63,7 +63,6 @@ typedef struct {
 } bn_gradient;
 
 typedef struct {
-    const char *name;
     bn_index itemsize;
     void (*row_moments)(const char *x, bn_index runs, bn_index length, bn_index stride,
                         bn_moments *moments);
@@ -115,7 +114,8 @@ static inline double bn_total(double *lane)
 }
 
 /* Turn a block's first mean, and the sums of deviations from it and of their squares, into its
-   moments. The first mean carries the rounding of a long sum; the deviations tell how much. */
+   moments. The first mean is a guess, or carries the rounding of a long sum; the deviations tell
+   by how much it is off. */
 static inline bn_moments bn_corrected(double first, double deviation, double squares, double count)
 {
     const double low = deviation / count, m2 = squares - deviation * low;

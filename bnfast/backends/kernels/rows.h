@@ -5,11 +5,11 @@
        |<-------------stride------------>|
 
    Sums are taken over about BN_CHAIN elements at a time, a piece of a run or several short runs, in
-   16 lanes, each of which takes some 64 additions before it is emptied: float32 data at a large mean
-   has few distinct deviations, whose squares round the same way each time, and an error that grows
-   with the length of a chain must not find a long one. What is left at the end of a run is a step
-   of 16 that overlaps the one before; the lanes that were counted already are multiplied by 0.
-   Runs below 16 elements are added one by one, in turn to each lane.
+   16 lanes, each of which takes 64 to 128 additions before it is emptied: float32 data at a large
+   mean has few distinct deviations, whose squares round the same way each time, and an error that
+   grows with the length of a chain must not find a long one. What is left at the end of a run is a
+   step of 16 that overlaps the one before; the lanes that were counted already are multiplied by 0.
+   Runs below 16 elements are gathered into one.
 
    What makes gcc 12 keep the lanes in vector registers: BN_SIMD at the inner loops, functions of
    their own, and other lanes for the ends of runs. Without them a float32 pass for the squares took
@@ -21,10 +21,20 @@ static inline bn_index FN(piece)(bn_index left) { return left < 2 * BN_CHAIN ? l
 /* Runs to take at a time, so that they have about BN_CHAIN elements. */
 static inline bn_index FN(group)(bn_index length) { return bn_max(1, BN_CHAIN / bn_max(1, length)); }
 
-/* Where element q of runs of n elements lies. */
-static inline bn_index FN(in_run)(bn_index q, bn_index n, bn_index stride)
+/* Room for a group of short runs, behind 16 zeros: the overlapping step may begin in these. */
+typedef struct {
+    REAL zeros[BN_LANES], elements[BN_CHAIN];
+} FN(short_runs);
+
+static const REAL *FN(gather)(const REAL *x, bn_index runs, bn_index n, bn_index stride,
+                              FN(short_runs) *gathered)
 {
-    return q / n * stride + q % n;
+    REAL *to = gathered->elements;
+    BN_ZERO(gathered->zeros);
+    for (bn_index run = 0; run < runs; run++, x += stride)
+        for (bn_index i = 0; i < n; i++)
+            *to++ = x[i];
+    return gathered->elements;
 }
 
 BN_NOINLINE static void FN(add)(const REAL *x, bn_index runs, bn_index n, bn_index stride,
@@ -78,6 +88,7 @@ BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index runs, bn_index n
 static inline double FN(total)(const REAL *x, bn_index runs, bn_index length, bn_index stride)
 {
     const bn_index group = FN(group)(length);
+    FN(short_runs) gathered;
     double sum[BN_LANES];
     BN_ZERO(sum);
     for (bn_index run = 0, n; run < runs; run += group)
@@ -88,16 +99,15 @@ static inline double FN(total)(const REAL *x, bn_index runs, bn_index length, bn
             if (n >= BN_LANES)
                 FN(add)(p, some, n, stride, sum);
             else
-                for (bn_index q = 0; q < some * n; q++)
-                    sum[q % BN_LANES] += p[FN(in_run)(q, n, stride)];
+                FN(add)(FN(gather)(p, some, n, stride, &gathered), 1, some * n, 0, sum);
         }
     return bn_total(sum);
 }
 
 /* Sums of the deviations from a first mean and of their squares. For float64 that is the mean of
-   the tile, which takes a pass of its own. For float32 the mean of a few elements will do: the
-   deviations are exact in double, and even if one of 16 is the only one that differs, the sums lose
-   6 of the 29 bits that they are ahead. */
+   the tile, which takes a pass of its own. For float32 the mean of its first elements will do: the
+   deviations are exact in double, and the worst that one outlier among these can cost (10 bits, if
+   it is the only one of a run of 1) leaves m2 within M2_RELATIVE_FLOAT32 of spec.py. */
 static void FN(row_moments)(const char *x_bytes, bn_index runs, bn_index length, bn_index stride,
                             bn_moments *moments)
 {
@@ -107,6 +117,7 @@ static void FN(row_moments)(const char *x_bytes, bn_index runs, bn_index length,
     const bn_index sample_length = BN_IS_DOUBLE ? length : bn_min(length, BN_LANES);
     const double first = FN(total)(x, sample_runs, sample_length, stride) /
                          ((double)sample_runs * (double)sample_length);
+    FN(short_runs) gathered;
     double deviation[BN_LANES], square[BN_LANES];
     BN_ZERO(deviation);
     BN_ZERO(square);
@@ -118,11 +129,8 @@ static void FN(row_moments)(const char *x_bytes, bn_index runs, bn_index length,
             if (n >= BN_LANES)
                 FN(add_squares)(p, some, n, stride, first, deviation, square);
             else
-                for (bn_index q = 0; q < some * n; q++) {
-                    const double d = p[FN(in_run)(q, n, stride)] - first;
-                    deviation[q % BN_LANES] += d;
-                    square[q % BN_LANES] += d * d;
-                }
+                FN(add_squares)(FN(gather)(p, some, n, stride, &gathered), 1, some * n, 0, first,
+                                deviation, square);
         }
     *moments = bn_corrected(first, bn_total(deviation), bn_total(square),
                             (double)runs * (double)length);
@@ -186,12 +194,17 @@ static inline REAL FN(affine_wide)(REAL x, const REAL *residual, bn_affine affin
 
 static inline int FN(affine_fits)(bn_affine affine)
 {
-    return BN_IS_DOUBLE || (bn_fits(affine.mean) && bn_fits(affine.scale));
+    return BN_IS_DOUBLE || (bn_fits(affine.mean) && bn_fits(affine.scale) &&
+                            !(fabs(affine.bias) > 0x1p100));
 }
+
+/* What REAL leaves of a mean; 0 for float64, where infinity - infinity would be NaN. */
+static inline double FN(tail)(double mean) { return BN_IS_DOUBLE ? 0 : mean - (REAL)mean; }
 
 static inline REAL FN(affine_shift)(bn_affine affine)
 {
-    return (REAL)(affine.bias - (affine.mean - (REAL)affine.mean) * affine.scale);
+    const double tail = FN(tail)(affine.mean);
+    return (REAL)(tail == 0 ? affine.bias : affine.bias - tail * affine.scale);
 }
 
 /* The channel vectors of an elementwise kernel in REAL, one after the other, then one REAL that
@@ -299,6 +312,20 @@ BN_NOINLINE static void FN(add_masked)(const REAL *dy, const REAL *x, const REAL
     FN(add_products)(dy, x, y, runs, n, stride, mean, sum_dy, sum_dy_x);
 }
 
+static inline void FN(add_short)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
+                                 bn_index n, bn_index stride, double mean, double *sum_dy,
+                                 double *sum_dy_x)
+{
+    FN(short_runs) dy_runs, x_runs, y_runs;
+    dy = FN(gather)(dy, runs, n, stride, &dy_runs);
+    x = FN(gather)(x, runs, n, stride, &x_runs);
+    if (y)
+        FN(add_masked)(dy, x, FN(gather)(y, runs, n, stride, &y_runs), 1, runs * n, 1, mean,
+                       sum_dy, sum_dy_x);
+    else
+        FN(add_plain)(dy, x, 1, runs * n, 1, mean, sum_dy, sum_dy_x);
+}
+
 static void FN(row_sums)(const char *dy_bytes, const char *x_bytes, const char *y_bytes,
                          bn_index runs, bn_index length, bn_index stride, double mean,
                          double *sum_dy, double *sum_dy_x)
@@ -313,17 +340,13 @@ static void FN(row_sums)(const char *dy_bytes, const char *x_bytes, const char *
         for (bn_index i = 0; i < length; i += n) {
             const bn_index at = run * stride + i, some = bn_min(group, runs - run);
             n = FN(piece)(length - i);
-            if (n >= BN_LANES && y)
+            if (n < BN_LANES)
+                FN(add_short)(dy + at, x + at, y ? y + at : NULL, some, n, stride, mean, g_sum,
+                              gx_sum);
+            else if (y)
                 FN(add_masked)(dy + at, x + at, y + at, some, n, stride, mean, g_sum, gx_sum);
-            else if (n >= BN_LANES)
-                FN(add_plain)(dy + at, x + at, some, n, stride, mean, g_sum, gx_sum);
             else
-                for (bn_index q = 0; q < some * n; q++) {
-                    const bn_index j = at + FN(in_run)(q, n, stride);
-                    const double g = FN(masked)(dy, y, j);
-                    g_sum[q % BN_LANES] += g;
-                    gx_sum[q % BN_LANES] += g * (x[j] - mean);
-                }
+                FN(add_plain)(dy + at, x + at, some, n, stride, mean, g_sum, gx_sum);
         }
     *sum_dy = bn_total(g_sum);
     *sum_dy_x = bn_total(gx_sum);
@@ -371,7 +394,9 @@ static inline int FN(gradient_fits)(bn_gradient gradient)
 
 static inline REAL FN(gradient_shift)(bn_gradient gradient)
 {
-    return (REAL)(gradient.shift - (gradient.mean - (REAL)gradient.mean) * gradient.x_scale);
+    const double tail = FN(tail)(gradient.mean);
+    return (REAL)(tail == 0 || gradient.x_scale == 0 ? gradient.shift
+                                                     : gradient.shift - tail * gradient.x_scale);
 }
 
 static inline REAL FN(gradient_wide)(REAL g, REAL x, bn_gradient gradient)

@@ -264,7 +264,8 @@ static void bn_channel_backward(bn_call *call, bn_index c)
 
 /* ---- channels-last ---------------------------------------------------------------------------- */
 
-/* Part numbers of a reduction count column tiles first; the partial row is a part of one row. */
+/* Part numbers of a reduction count column tiles first; the partial row is a part of one row (only
+   folded rows have one, and these are one column tile). */
 typedef struct {
     bn_index at, entry, rows, column, width;
 } bn_panel;
@@ -278,7 +279,7 @@ static inline bn_panel bn_find_panel(const bn_call *call, bn_index number)
     bn_panel panel;
     panel.column = number % call->column_tiles * BN_COLUMNS;
     panel.rows = is_rest ? 1 : bn_min(call->part_rows, call->rows - first);
-    panel.width = bn_max(0, bn_min(BN_COLUMNS, limit - panel.column));
+    panel.width = bn_min(BN_COLUMNS, limit - panel.column);
     panel.at = (row * call->width + panel.column) * call->kernels->itemsize;
     panel.entry = part * call->width + panel.column;
     return panel;
@@ -292,9 +293,8 @@ static inline bn_index bn_panels(const bn_call *call)
 static void bn_column_moments(bn_call *call, bn_index number)
 {
     const bn_panel panel = bn_find_panel(call, number);
-    if (panel.width)
-        call->kernels->column_moments(call->x + panel.at, panel.rows, panel.width, call->width,
-                                      call->moments + panel.entry);
+    call->kernels->column_moments(call->x + panel.at, panel.rows, panel.width, call->width,
+                                  call->moments + panel.entry);
 }
 
 static void bn_column_sums(bn_call *call, bn_index number)
