@@ -89,7 +89,8 @@ def check_out(
         raise TypeError(f"out should have dtype {x.dtype.newbyteorder('=')}, got {out.dtype}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
-    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.strides, strict=True)):
+    repeated = any(n > 1 and step == 0 for n, step in zip(out.shape, out.strides, strict=True))
+    if out.size and repeated:
         raise ValueError("out has elements that share their memory")
     for name, array in may_be.items():
         if array is not out and array is not None and not is_same(out, array):

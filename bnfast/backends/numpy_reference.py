@@ -1,7 +1,7 @@
 """The kernels as their definition reads, in float64, with NumPy alone.
 
 This is what the other backends are measured against in spirit, and the last resort where none of
-them can run: float64 throughout, single-threaded, and free with memory (several float64 copies of x).
+them can run: float64 throughout, on one thread, and free with memory (several copies of x).
 
 Every function views its arrays with the channels in front, computes, and rounds at the end.
 """
