@@ -30,9 +30,13 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
 /* Elements that go through the lanes before these are emptied: 64 additions in a row each. */
 #define BN_CHAIN 1024
 
+#define BN_AHEAD 2048
+
 #if defined(__GNUC__)
+#define BN_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 #define BN_NOINLINE __attribute__((noinline))
 #else
+#define BN_PREFETCH(address) ((void)(address))
 #define BN_NOINLINE
 #endif
 

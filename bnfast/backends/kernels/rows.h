@@ -21,6 +21,14 @@ static inline bn_index FN(piece)(bn_index left) { return left < 2 * BN_CHAIN ? l
 /* Runs to take at a time, so that they have about BN_CHAIN elements. */
 static inline bn_index FN(group)(bn_index length) { return bn_max(1, BN_CHAIN / bn_max(1, length)); }
 
+/* How far ahead of the element in work memory is asked for: 2048 elements, which for short runs is
+   some runs further. It is what the hardware does not foresee; training, 2 threads: 56x56 planes
+   1.2 times faster, 14x14 planes, backward, 1.15 times. */
+static inline bn_index FN(ahead)(bn_index length, bn_index stride)
+{
+    return length >= BN_AHEAD ? BN_AHEAD : bn_max(1, BN_AHEAD / bn_max(1, length)) * stride;
+}
+
 /* Room for a group of short runs, behind 16 zeros: the overlapping step may begin in these. */
 typedef struct {
     REAL zeros[BN_LANES], elements[BN_CHAIN];
@@ -57,7 +65,8 @@ BN_NOINLINE static void FN(add)(const REAL *x, bn_index runs, bn_index n, bn_ind
 }
 
 BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index runs, bn_index n, bn_index stride,
-                                        double first, double *deviation, double *square)
+                                        bn_index ahead, double first, double *deviation,
+                                        double *square)
 {
     const bn_index rest = n % BN_LANES;
     double off[BN_LANES], off_end[BN_LANES], squares[BN_LANES], squares_end[BN_LANES];
@@ -66,12 +75,14 @@ BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index runs, bn_index n
     BN_ZERO(squares);
     BN_ZERO(squares_end);
     for (bn_index run = 0; run < runs; run++, x += stride) {
-        for (bn_index i = 0; i < n - rest; i += BN_LANES)
+        for (bn_index i = 0; i < n - rest; i += BN_LANES) {
+            BN_PREFETCH(x + i + ahead);
             BN_SIMD for (int k = 0; k < BN_LANES; k++) {
                 const double d = x[i + k] - first;
                 off[k] += d;
                 squares[k] = FN(wide_mad)(d, d, squares[k]);
             }
+        }
         if (rest)
             BN_SIMD for (int k = 0; k < BN_LANES; k++) {
                 const double d = bn_keep[rest + k] * (x[n - BN_LANES + k] - first);
@@ -112,7 +123,7 @@ static void FN(row_moments)(const char *x_bytes, bn_index runs, bn_index length,
                             bn_moments *moments)
 {
     const REAL *x = (const REAL *)x_bytes;
-    const bn_index group = FN(group)(length);
+    const bn_index group = FN(group)(length), ahead = FN(ahead)(length, stride);
     const bn_index sample_runs = BN_IS_DOUBLE ? runs : 1;
     const bn_index sample_length = BN_IS_DOUBLE ? length : bn_min(length, BN_LANES);
     const double first = FN(total)(x, sample_runs, sample_length, stride) /
@@ -127,9 +138,9 @@ static void FN(row_moments)(const char *x_bytes, bn_index runs, bn_index length,
             const bn_index some = bn_min(group, runs - run);
             n = FN(piece)(length - i);
             if (n >= BN_LANES)
-                FN(add_squares)(p, some, n, stride, first, deviation, square);
+                FN(add_squares)(p, some, n, stride, ahead, first, deviation, square);
             else
-                FN(add_squares)(FN(gather)(p, some, n, stride, &gathered), 1, some * n, 0, first,
+                FN(add_squares)(FN(gather)(p, some, n, stride, &gathered), 1, some * n, 0, 0, first,
                                 deviation, square);
         }
     *moments = bn_corrected(first, bn_total(deviation), bn_total(square),
@@ -254,20 +265,9 @@ static inline REAL FN(masked)(const REAL *dy, const REAL *y, bn_index i)
     return !y || y[i] > 0 ? g : 0;
 }
 
-/* Short runs that lie far apart are more than the hardware foresees: 14x14 planes, backward, 1.07
-   times faster. */
-static inline void FN(prefetch)(const REAL *dy, const REAL *x, bn_index n)
-{
-    if (n < BN_CHAIN)
-        for (bn_index i = 0; i < n; i += 64 / (bn_index)sizeof(REAL)) {
-            __builtin_prefetch(dy + i);
-            __builtin_prefetch(x + i);
-        }
-}
-
 static inline void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
-                                    bn_index n, bn_index stride, double mean, double *sum_dy,
-                                    double *sum_dy_x)
+                                    bn_index n, bn_index stride, bn_index ahead, double mean,
+                                    double *sum_dy, double *sum_dy_x)
 {
     const bn_index rest = n % BN_LANES;
     double g_lane[BN_LANES], g_end[BN_LANES], gx_lane[BN_LANES], gx_end[BN_LANES];
@@ -277,14 +277,15 @@ static inline void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y
     BN_ZERO(gx_end);
     for (bn_index at = 0; at < runs * stride; at += stride) {
         const bn_index last = at + n - BN_LANES;
-        if (at + stride < runs * stride)
-            FN(prefetch)(dy + at + stride, x + at + stride, n);
-        for (bn_index i = at; i < at + n - rest; i += BN_LANES)
+        for (bn_index i = at; i < at + n - rest; i += BN_LANES) {
+            BN_PREFETCH(dy + i + ahead);
+            BN_PREFETCH(x + i + ahead);
             BN_SIMD for (int k = 0; k < BN_LANES; k++) {
                 const double g = FN(masked)(dy, y, i + k);
                 g_lane[k] += g;
                 gx_lane[k] = FN(wide_mad)(g, x[i + k] - mean, gx_lane[k]);
             }
+        }
         if (rest)
             BN_SIMD for (int k = 0; k < BN_LANES; k++) {
                 const double g = bn_keep[rest + k] * FN(masked)(dy, y, last + k);
@@ -299,17 +300,17 @@ static inline void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y
 }
 
 BN_NOINLINE static void FN(add_plain)(const REAL *dy, const REAL *x, bn_index runs, bn_index n,
-                                      bn_index stride, double mean, double *sum_dy,
+                                      bn_index stride, bn_index ahead, double mean, double *sum_dy,
                                       double *sum_dy_x)
 {
-    FN(add_products)(dy, x, NULL, runs, n, stride, mean, sum_dy, sum_dy_x);
+    FN(add_products)(dy, x, NULL, runs, n, stride, ahead, mean, sum_dy, sum_dy_x);
 }
 
 BN_NOINLINE static void FN(add_masked)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
-                                       bn_index n, bn_index stride, double mean, double *sum_dy,
-                                       double *sum_dy_x)
+                                       bn_index n, bn_index stride, bn_index ahead, double mean,
+                                       double *sum_dy, double *sum_dy_x)
 {
-    FN(add_products)(dy, x, y, runs, n, stride, mean, sum_dy, sum_dy_x);
+    FN(add_products)(dy, x, y, runs, n, stride, ahead, mean, sum_dy, sum_dy_x);
 }
 
 static inline void FN(add_short)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
@@ -320,10 +321,10 @@ static inline void FN(add_short)(const REAL *dy, const REAL *x, const REAL *y, b
     dy = FN(gather)(dy, runs, n, stride, &dy_runs);
     x = FN(gather)(x, runs, n, stride, &x_runs);
     if (y)
-        FN(add_masked)(dy, x, FN(gather)(y, runs, n, stride, &y_runs), 1, runs * n, 1, mean,
+        FN(add_masked)(dy, x, FN(gather)(y, runs, n, stride, &y_runs), 1, runs * n, 1, 0, mean,
                        sum_dy, sum_dy_x);
     else
-        FN(add_plain)(dy, x, 1, runs * n, 1, mean, sum_dy, sum_dy_x);
+        FN(add_plain)(dy, x, 1, runs * n, 1, 0, mean, sum_dy, sum_dy_x);
 }
 
 static void FN(row_sums)(const char *dy_bytes, const char *x_bytes, const char *y_bytes,
@@ -332,7 +333,7 @@ static void FN(row_sums)(const char *dy_bytes, const char *x_bytes, const char *
 {
     const REAL *dy = (const REAL *)dy_bytes, *x = (const REAL *)x_bytes;
     const REAL *y = (const REAL *)y_bytes;
-    const bn_index group = FN(group)(length);
+    const bn_index group = FN(group)(length), ahead = FN(ahead)(length, stride);
     double g_sum[BN_LANES], gx_sum[BN_LANES];
     BN_ZERO(g_sum);
     BN_ZERO(gx_sum);
@@ -344,9 +345,10 @@ static void FN(row_sums)(const char *dy_bytes, const char *x_bytes, const char *
                 FN(add_short)(dy + at, x + at, y ? y + at : NULL, some, n, stride, mean, g_sum,
                               gx_sum);
             else if (y)
-                FN(add_masked)(dy + at, x + at, y + at, some, n, stride, mean, g_sum, gx_sum);
+                FN(add_masked)(dy + at, x + at, y + at, some, n, stride, ahead, mean, g_sum,
+                               gx_sum);
             else
-                FN(add_plain)(dy + at, x + at, some, n, stride, mean, g_sum, gx_sum);
+                FN(add_plain)(dy + at, x + at, some, n, stride, ahead, mean, g_sum, gx_sum);
         }
     *sum_dy = bn_total(g_sum);
     *sum_dy_x = bn_total(gx_sum);
