@@ -71,6 +71,8 @@ class Moments:
 
 def as_array(value: Any) -> np.ndarray[Any, Any]:
     """Return ``value`` as an array; raise TypeError for masked arrays, whose mask would be lost."""
+    if type(value) is np.ndarray:
+        return value
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError("masked arrays are not accepted: the mask would be ignored")
     return np.asarray(value)

@@ -13,14 +13,24 @@ Closing lines
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 import bnfast
+from bnfast import registry
 from bnfast.testing import seeding
+
+if TYPE_CHECKING:
+    from bad_calls import Scene
+
+pytest.register_assert_rewrite("bad_calls", "torch_comparison", "torch_twin", "trained_layers")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -98,6 +108,63 @@ def pytest_terminal_summary(
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Return this test's own generator of random inputs; see ``--seed``."""
     return seeding.generator(request)
+
+
+@pytest.fixture
+def scene(rng: np.random.Generator) -> Scene:
+    """Return a layer that has trained, and arguments that would be fine."""
+    from bad_calls import Scene  # not at the top: pytest is first to rewrite its asserts
+
+    return Scene(rng)
+
+
+@pytest.fixture
+def absent_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register the backend ``absent``, which is known and cannot run."""
+    entry = registry.Entry("absent", "absent_kernels", "pip install absent", automatic_for=None)
+    monkeypatch.setitem(registry._table, "absent", entry)
+
+
+@pytest.fixture
+def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start and end a test in the state right after import, with BNFAST_BACKEND unset."""
+    monkeypatch.delenv("BNFAST_BACKEND", raising=False)
+    registry._reset()
+    yield
+    registry._reset()
+
+
+@pytest.fixture
+def add_backend(fresh_registry: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
+    """Return a function that registers a backend whose module is made up."""
+
+    def add(name: str, unavailable: str | None = None, accepts: type = np.ndarray) -> ModuleType:
+        module = ModuleType(f"made_up_{name}")
+        module.unavailable = lambda: unavailable
+        module.accepts = lambda x: isinstance(x, accepts)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        bnfast.register_backend(name, module=module.__name__, install=f"pip install {name}")
+        return module
+
+    return add
+
+
+@pytest.fixture
+def write_backend(
+    fresh_registry: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[[str, str], None]]:
+    """Return a function that registers a backend whose module is a file with the given text."""
+    names = []
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(name: str, text: str) -> None:
+        names.append(f"written_{name}")
+        (tmp_path / f"written_{name}.py").write_text(text)
+        bnfast.register_backend(name, module=f"written_{name}", install=f"pip install {name}")
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 def _required(config: pytest.Config) -> list[str]:

@@ -235,6 +235,48 @@ def test_statistics_without_variance(backend):
     np.testing.assert_allclose(y[:, 2], 3**-0.5, rtol=1e-7)
 
 
+FORMS = pytest.mark.parametrize(
+    "form", [pytest.param((0, 1, 2), id="NCS"), pytest.param((0, 2, 1), id="NSC")]
+)
+
+
+def lay(values, form):
+    """Return the same values, the axes in the order of ``form`` in memory."""
+    return values.transpose(form).copy().transpose(form)
+
+
+@over_backends
+@FORMS
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_eval_without_variance_and_eps(rng, dtype, form, backend):
+    """It is (x - mean) / 0: an infinity of its sign, and 0 / 0 where x is the mean."""
+    mean = rng.integers(-9, 9, 7).astype(float)
+    sign = rng.integers(-1, 2, (3, 7, 67))
+    weight, bias = rng.uniform(0.5, 2, 7) * rng.choice([-1.0, 1.0], 7), rng.normal(size=7)
+    x = lay((mean[:, None] + sign * rng.integers(1, 5, sign.shape)).astype(dtype), form)
+    y = F.batch_norm(x, mean, np.zeros(7), weight, bias, eps=0.0, backend=backend)
+    expected = np.where(sign == 0, np.nan, np.copysign(np.inf, sign * weight[:, None]))
+    np.testing.assert_array_equal(y, expected)
+
+
+@over_backends
+@FORMS
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["x", "mean"])
+def test_eval_gradient_beside_what_is_not_finite(rng, where, poison, dtype, form, backend):
+    """dx = weight * invstd * dy, whatever x and the running mean hold."""
+    x, dy = (lay(rng.normal(size=(3, 7, 67)).astype(dtype), form) for _ in range(2))
+    mean, weight, invstd = rng.normal(size=7), rng.normal(size=7), rng.uniform(0.5, 2, 7)
+    if where == "mean":
+        mean[rng.integers(7)] = poison
+    else:
+        x[rng.random(x.shape) < 0.1] = poison
+    gradients = F.batch_norm_backward(dy, x, weight, mean, invstd, training=False, backend=backend)
+    expected = (weight * invstd)[:, None] * dy.astype(np.float64)
+    np.testing.assert_allclose(gradients.dx, expected, rtol=4 * np.finfo(dtype).eps, atol=0)
+
+
 @over_backends
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_poisoned_channel_keeps_to_itself(rng, poison, backend):

@@ -1,46 +1,18 @@
-"""BatchNorm1d, 2d and 3d: parameters, running statistics, modes, state and gradients."""
+"""BatchNorm1d, 2d and 3d: parameters, running statistics, modes, outputs and threads."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 import threading
 
 import numpy as np
 import pytest
 from backends_here import over_backends
-from strided import LAYOUTS
+from trained_layers import SHAPE, VECTORS, assert_same_state, draw, trained
 
 import bnfast
 import bnfast.functional as F
 from bnfast.backends import numpy_reference
 from bnfast.testing.bounds import assert_same_bits
-
-VECTORS = ("weight", "bias", "running_mean", "running_var")
-SHAPE = (4, 3, 2, 8)
-
-
-def draw(rng, shape=SHAPE, dtype=np.float32):
-    return rng.normal(3, 2, shape).astype(dtype)
-
-
-def trained(rng, calls=2, **arguments):
-    """Return a layer of random parameters after some training calls."""
-    layer = bnfast.BatchNorm2d(3, **arguments)
-    for name in VECTORS[:2]:
-        if getattr(layer, name) is not None:
-            setattr(layer, name, rng.normal(size=3))
-    for _ in range(calls):
-        layer(draw(rng))
-    return layer
-
-
-def assert_same_state(one, other):
-    assert list(one) == list(other)
-    for name, value in one.items():
-        np.testing.assert_array_equal(value, other[name], name)
-        assert value.dtype == other[name].dtype
-
 
 # ---- parameters and running statistics ----------------------------------------------------------
 
@@ -56,6 +28,18 @@ def test_a_new_layer():
         assert vector.dtype == np.float32
         np.testing.assert_array_equal(vector, np.full(3, value))
     assert layer.grad_weight is layer.grad_bias is layer.grad_residual is None
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [(None, "=f4"), (">f4", "=f4"), ("<f4", "=f4"), (">f8", "=f8"), ("<f8", "=f8")],
+)
+def test_dtype_of_the_vectors(rng, given, stored):
+    layer = bnfast.BatchNorm2d(3, dtype=given)
+    layer(draw(rng))
+    for vector in (getattr(layer, name) for name in VECTORS):
+        assert vector.dtype == np.dtype(stored)
+        assert vector.dtype.isnative
 
 
 @over_backends
@@ -317,305 +301,6 @@ def test_out(rng, activation, training, backend):
         assert_same_bits(f"out={target}", copies[target], expected)
     both = x.copy()
     assert_same_bits("all one array", layer()(both, both, both), layer()(x, x))
-
-
-# ---- gradients ----------------------------------------------------------------------------------
-
-
-@over_backends
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_backward_is_that_of_the_function(rng, activation, backend):
-    x, residual, dy = draw(rng), draw(rng), draw(rng)
-    layer = trained(rng, activation=activation, backend=backend)
-    y = layer(x, residual=residual)
-    dx = layer.backward(dy)
-    vectors = {"weight": layer.weight, "bias": layer.bias}
-    options = {"activation": activation, "backend": backend}
-    _, mean, invstd = F.batch_norm_with_stats(x, **vectors, residual=residual, **options)
-    expected = F.batch_norm_backward(
-        dy, x, layer.weight, mean, invstd, y=y, residual=True, **options
-    )
-    assert_same_bits("dx", dx, expected.dx)
-    assert_same_bits("grad_weight", layer.grad_weight, expected.dweight.astype(np.float32))
-    assert_same_bits("grad_bias", layer.grad_bias, expected.dbias.astype(np.float32))
-    assert_same_bits("grad_residual", layer.grad_residual, expected.dresidual)
-
-
-def test_gradient_of_the_loss_by_finite_differences(rng):
-    """Of sum(c * relu(bn(x) + r)): a direction in each argument, in float64."""
-    arguments = [draw(rng, (3, 2, 2, 3), np.float64), rng.normal(size=(3, 2, 2, 3))]
-    arguments += [rng.normal(size=2), rng.normal(size=2)]
-    slope = rng.normal(size=(3, 2, 2, 3))
-    layer = bnfast.BatchNorm2d(2, dtype=np.float64, activation="relu")
-
-    def loss(x, residual, weight, bias):
-        layer.weight, layer.bias = weight, bias
-        return float((slope * layer(x, residual=residual)).sum())
-
-    # Keep every place away from the kink of the ReLU, where a difference is no derivative.
-    plain = bnfast.BatchNorm2d(2, dtype=np.float64)
-    plain.weight, plain.bias = arguments[2:]
-    arguments[1] += 0.01 * np.sign(plain(arguments[0]) + arguments[1])
-    loss(*arguments)
-    gradients = [layer.backward(slope), layer.grad_residual, layer.grad_weight, layer.grad_bias]
-    for index, gradient in enumerate(gradients):
-        direction, step = rng.normal(size=gradient.shape), 1e-6
-        moved = [
-            [a + sign * step * direction if i == index else a for i, a in enumerate(arguments)]
-            for sign in (1, -1)
-        ]
-        numeric = (loss(*moved[0]) - loss(*moved[1])) / (2 * step)
-        # A central difference is off by step^2, and by the rounding of the loss over the step.
-        np.testing.assert_allclose((gradient * direction).sum(), numeric, rtol=1e-6, atol=1e-7)
-
-
-def test_gradients_add_up_until_zero_grad(rng):
-    layer = trained(rng)
-    x, dy = draw(rng), draw(rng)
-    layer(x)
-    first = layer.backward(dy)
-    weight, bias = layer.grad_weight.copy(), layer.grad_bias.copy()
-    assert weight.dtype == np.float32
-    assert_same_bits("dx of the second call", layer.backward(dy), first)
-    np.testing.assert_array_equal(layer.grad_weight, 2 * weight)
-    np.testing.assert_array_equal(layer.grad_bias, 2 * bias)
-    layer.zero_grad()
-    assert layer.grad_weight is layer.grad_bias is layer.grad_residual is None
-    layer.backward(dy)
-    np.testing.assert_array_equal(layer.grad_weight, weight)
-
-
-def test_grad_residual_is_that_of_the_last_call(rng):
-    layer = bnfast.BatchNorm2d(3)
-    x = draw(rng)
-    layer(x, residual=x)
-    layer.backward(x)
-    assert_same_bits("grad_residual", layer.grad_residual, x)
-    layer(x)
-    layer.backward(x)
-    assert layer.grad_residual is None
-
-
-def test_an_eval_call_leaves_the_saved_forward_alone(rng):
-    layer, undisturbed = bnfast.BatchNorm2d(3), bnfast.BatchNorm2d(3)
-    x, dy = draw(rng), draw(rng)
-    layer(x)
-    undisturbed(x)
-    layer.eval()(draw(rng))
-    assert_same_bits("dx", layer.backward(dy), undisturbed.backward(dy))
-    bare = bnfast.BatchNorm2d(3, track_running_stats=False).eval()
-    bare(x)
-    with pytest.raises(RuntimeError, match="no training forward yet"):
-        bare.backward(dy)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_weights_written_after_the_forward_do_not_change_its_gradient(rng, dtype):
-    layer, untouched = trained(rng, dtype=dtype), bnfast.BatchNorm2d(3, dtype=dtype)
-    untouched.load_state_dict(layer.state_dict())
-    x, dy = draw(rng), draw(rng)
-    layer(x)
-    untouched(x)
-    layer.weight *= 3
-    assert_same_bits("dx", layer.backward(dy), untouched.backward(dy))
-
-
-def test_backward_without_a_forward():
-    with pytest.raises(RuntimeError, match=r"^no gradient: there was no training forward yet$"):
-        bnfast.BatchNorm2d(3).backward(np.ones(SHAPE, np.float32))
-
-
-@pytest.mark.parametrize("lies", ["axes0123", "cut_out", "backwards"])
-def test_backward_after_the_input_was_overwritten(rng, lies):
-    layer = bnfast.BatchNorm2d(3)
-    x = LAYOUTS[lies](draw(rng))
-    dy = draw(rng)
-    layer(x.copy())
-    layer(x, out=x)
-    with pytest.raises(RuntimeError, match=r"^no gradient: its input was overwritten by out=x$"):
-        layer.backward(dy)
-    assert layer.grad_weight is None
-    layer(x)
-    assert layer.backward(dy).shape == SHAPE
-
-
-def test_backward_after_out_that_lies_beside_the_input(rng):
-    """Two arrays can share a range of addresses without sharing an element."""
-    buffer = np.empty((*SHAPE, 2), np.float32)
-    x, out = buffer[..., 0], buffer[..., 1]
-    x[...] = draw(rng)
-    layer, apart = bnfast.BatchNorm2d(3), bnfast.BatchNorm2d(3)
-    dy = draw(rng)
-    apart(x.copy())
-    layer(x, out=out)
-    assert_same_bits("dx", layer.backward(dy), apart.backward(dy))
-
-
-def test_backward_after_out_is_the_residual(rng):
-    layer, apart = (bnfast.BatchNorm2d(3, activation="relu") for _ in range(2))
-    x, residual, dy = draw(rng), draw(rng), draw(rng)
-    apart(x, residual=residual)
-    layer(x, residual=residual, out=residual)
-    assert_same_bits("dx", layer.backward(dy), apart.backward(dy))
-    assert_same_bits("dresidual", layer.grad_residual, apart.grad_residual)
-
-
-# ---- state --------------------------------------------------------------------------------------
-
-
-def test_state_is_a_copy(rng):
-    layer = trained(rng)
-    state = layer.state_dict()
-    weight = layer.weight.copy()
-    state["weight"][...] = 99
-    np.testing.assert_array_equal(layer.weight, weight)
-    layer.load_state_dict(state)
-    state["weight"][...] = 0
-    np.testing.assert_array_equal(layer.weight, np.full(3, 99))
-
-
-@pytest.mark.parametrize("prefix", ["", "stem.bn1."])
-def test_state_through_a_file(rng, tmp_path, prefix):
-    layer = trained(rng)
-    np.savez(tmp_path / "state.npz", **layer.state_dict(prefix))
-    other = bnfast.BatchNorm2d(3)
-    with np.load(tmp_path / "state.npz", allow_pickle=False) as state:
-        assert state[prefix + "num_batches_tracked"].dtype == np.int64
-        assert state[prefix + "num_batches_tracked"].shape == ()
-        keys = other.load_state_dict(state, prefix=prefix)
-    assert keys == ([], [])
-    assert_same_state(other.state_dict(), layer.state_dict())
-    assert other.num_batches_tracked == 2
-    assert type(other.num_batches_tracked) is int
-    x = draw(rng)
-    assert_same_bits("y", other.eval()(x), layer.eval()(x))
-
-
-def test_prefixes_part_the_layers_of_a_network(rng):
-    layers = {"a.": trained(rng), "a.b.": trained(rng, bias=False)}
-    state = {}
-    for prefix, layer in layers.items():
-        state |= layer.state_dict(prefix)
-    other = bnfast.BatchNorm2d(3, bias=False)
-    assert other.load_state_dict(state, prefix="a.b.") == ([], [])
-    assert_same_state(other.state_dict(), layers["a.b."].state_dict())
-    keys = other.load_state_dict(state, strict=False, prefix="a.")
-    assert keys.missing_keys == []
-    assert set(keys.unexpected_keys) == {"a.bias", *layers["a.b."].state_dict("a.b.")}
-
-
-def test_loading_with_gaps(rng):
-    state = trained(rng).state_dict()
-    layer = trained(rng, calls=5)
-    weight = layer.weight.copy()
-    del state["weight"]
-    state["extra"] = np.zeros(1)
-    keys = layer.load_state_dict(state, strict=False)
-    assert keys == (["weight"], ["extra"])
-    np.testing.assert_array_equal(layer.weight, weight)
-    np.testing.assert_array_equal(layer.running_mean, state["running_mean"])
-    assert layer.num_batches_tracked == 2
-
-
-def test_a_missing_counter_is_kept(rng):
-    state = trained(rng).state_dict()
-    del state["num_batches_tracked"]
-    layer = trained(rng, calls=5)
-    assert layer.load_state_dict(state) == ([], [])
-    assert layer.num_batches_tracked == 5
-    np.testing.assert_array_equal(layer.running_mean, state["running_mean"])
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32])
-def test_loading_other_dtypes(dtype):
-    layer = bnfast.BatchNorm2d(3)
-    layer.load_state_dict({"weight": np.array([1, 2, 3], dtype)}, strict=False)
-    assert layer.weight.dtype == np.float32
-    np.testing.assert_array_equal(layer.weight, [1, 2, 3])
-
-
-@pytest.mark.parametrize("counter", [7, np.int32(7), 7.0, np.array([7])])
-def test_loading_counters(counter):
-    layer = bnfast.BatchNorm2d(3)
-    layer.load_state_dict({"num_batches_tracked": counter}, strict=False)
-    assert layer.num_batches_tracked == 7
-
-
-COPIES = {
-    **{
-        f"pickle{protocol}": lambda layer, protocol=protocol: pickle.loads(
-            pickle.dumps(layer, protocol)
-        )
-        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
-    },
-    "copy": copy.copy,
-    "deepcopy": copy.deepcopy,
-}
-
-
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize(
-    "arguments",
-    [{}, {"bias": False, "dtype": np.float64}, {"affine": False, "track_running_stats": False}],
-)
-def test_copies(rng, how, arguments):
-    layer = trained(rng, eps=1e-3, momentum=None, activation="relu", **arguments)
-    layer.backward(draw(rng))
-    twin = COPIES[how](layer)
-    assert type(twin) is type(layer)
-    assert repr(twin) == repr(layer)
-    assert_same_state(twin.state_dict(), layer.state_dict())
-    for name in ("grad_weight", "grad_bias"):
-        np.testing.assert_array_equal(getattr(twin, name), getattr(layer, name))
-    with pytest.raises(RuntimeError, match="the layer was copied after its last forward"):
-        twin.backward(draw(rng))
-    x = draw(rng)
-    assert_same_bits("y", twin(x), layer(x))
-    assert_same_state(twin.state_dict(), layer.state_dict())
-
-    # The two share nothing, and the twin's vectors are its own.
-    before = layer.state_dict()
-    for name in VECTORS:
-        if getattr(twin, name) is not None:
-            getattr(twin, name)[...] = 5.0
-    assert_same_state(layer.state_dict(), before)
-    if twin.weight is not None:
-        expected = F.batch_norm(x, None, None, np.full(3, 5.0), twin.bias, True, eps=1e-3)
-        assert_same_bits("after a write", twin(x), np.maximum(expected, 0))
-
-
-@pytest.mark.parametrize("table", [np.ones((4, 2), np.float32), np.ones((4, 3), np.int64)])
-def test_a_pickle_with_a_wrong_table(table):
-    layer = bnfast.BatchNorm2d(3)
-    state = layer.__getstate__()
-    state["_table"] = table
-    with pytest.raises(ValueError, match=r"^not the state of a layer with 3 features$"):
-        bnfast.BatchNorm2d.__new__(bnfast.BatchNorm2d).__setstate__(state)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({}, ""),
-        ({"bias": False}, ", bias=False"),
-        ({"dtype": np.float64}, ", dtype=float64"),
-        ({"activation": "relu", "backend": "numpy"}, ", activation='relu', backend='numpy'"),
-    ],
-)
-def test_repr(arguments, text):
-    layer = bnfast.BatchNorm3d(7, **arguments)
-    assert repr(layer) == (
-        "BatchNorm3d(7, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True" + text + ")"
-    )
-    names = {"BatchNorm3d": bnfast.BatchNorm3d, "float64": np.float64}
-    assert repr(eval(repr(layer), names)) == repr(layer)
-
-
-def test_repr_without_parameters():
-    layer = bnfast.BatchNorm1d(2, affine=False, momentum=None, track_running_stats=False)
-    assert repr(layer) == (
-        "BatchNorm1d(2, eps=1e-05, momentum=None, affine=False, track_running_stats=False)"
-    )
 
 
 # ---- threads ------------------------------------------------------------------------------------

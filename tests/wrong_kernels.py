@@ -242,6 +242,18 @@ def accumulated_in_float32(right, a):
         a["m2"][:] = np.square(deviation).sum(axis=(1, 2), dtype=np.float32)
 
 
+@wrong("moments", "test_moments_where_outliers_come_first")
+def summed_about_the_first_element(right, a):
+    right(**a)
+    x = channels(a["x"]).astype(np.float64)
+    if x.size:
+        with np.errstate(all="ignore"):
+            deviation = x - x[:, :1, :1]
+            total = deviation.sum(axis=(1, 2))
+            squares = np.square(deviation).sum(axis=(1, 2))
+            a["m2"][:] = squares - np.square(total) / count(a["x"])
+
+
 @wrong("moments", "test_magnitude_of_x")
 def squared_in_float32(right, a):
     right(**a)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pytest
@@ -78,6 +78,32 @@ EMPTY_SHAPES: tuple[Shape, ...] = (
     (5, 0),
     (0, 0),
 )
+
+
+class Outliers(NamedTuple):
+    """Where outliers come first: in a shape, in so many of the samples or rows."""
+
+    shape: Shape
+    samples: int
+    elements: int | None
+    """Of each channel-run of these samples how many elements; None for all. Of rows, all."""
+
+
+OUTLIERS = (
+    # The first element of a channel, or the first of each of its runs.
+    Outliers((1, 1, 70001), 1, 1),
+    Outliers((9, 2, 8191), 1, 1),
+    Outliers((9, 2, 8191), 9, 1),
+    Outliers((31, 3, 61), 1, 1),
+    # The first run.
+    Outliers((1031, 2, 67), 1, None),
+    # The first rows.
+    Outliers((1023, 3), 1, None),
+    Outliers((70001, 1), 4, None),
+    Outliers((70001, 3), 4, None),
+    Outliers((12289, 16), 1, None),
+)
+"""A kernel that takes a first guess of the mean from there has to notice that it is a bad one."""
 
 RATIOS = (1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 """The values of mean/std that the bounds are promised for."""
@@ -174,10 +200,22 @@ def draw(
     )
 
 
+def draw_outliers(
+    rng: np.random.Generator, outliers: Outliers, dtype: type[np.floating[Any]]
+) -> Inputs:
+    """Draw inputs whose x has mean 0 and std 1, but for outliers around 1e6."""
+    inputs = draw(rng, outliers.shape, dtype, ratio=0.0, size=1.0)
+    inputs.x[: outliers.samples, ..., : outliers.elements] += dtype(1e6)
+    return inputs
+
+
 def name(value: object) -> str | None:
     """Return how a value is written in the name of a test; None leaves it to pytest."""
     if isinstance(value, bool):
         return "relu" if value else "plain"
+    if isinstance(value, Outliers):
+        elements = "" if value.elements is None else f"_of_{value.elements}"
+        return f"{name(value.shape)}_in_{value.samples}{elements}"
     if isinstance(value, tuple):
         return "x".join(map(str, value))
     return value.__name__ if isinstance(value, type) else None

@@ -20,11 +20,14 @@ from bnfast.testing.cases import (
     DTYPES,
     EPILOGUES,
     LARGE_SHAPES,
+    OUTLIERS,
     RATIOS,
     SHAPES,
     Inputs,
+    Outliers,
     Shape,
     draw,
+    draw_outliers,
     over,
 )
 from bnfast.testing.guard import Outputs, Run
@@ -74,6 +77,15 @@ class ForwardTests:
     @over("shape", SHAPES + LARGE_SHAPES)
     def test_moments(self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type) -> None:
         inputs = draw(rng, shape, dtype)
+        x = wide(rows(inputs.x))
+        assert_moments(run("moments", inputs), reference.moments(x), x, inputs.x.dtype)
+
+    @over("dtype", DTYPES)
+    @over("outliers", OUTLIERS)
+    def test_moments_where_outliers_come_first(
+        self, run: Run, rng: np.random.Generator, outliers: Outliers, dtype: type
+    ) -> None:
+        inputs = draw_outliers(rng, outliers, dtype)
         x = wide(rows(inputs.x))
         assert_moments(run("moments", inputs), reference.moments(x), x, inputs.x.dtype)
 

@@ -9,11 +9,18 @@
    A width of few channels is folded by the driver: several rows are taken as one wide row, and
    every vector that goes with it is repeated. Needs REAL, FN, and rows.h. */
 
+static inline void FN(prefetch_rows)(const REAL *x, bn_index rows, bn_index width, bn_index stride)
+{
+    for (bn_index row = 0; row < rows; row++)
+        for (bn_index c = 0; c < width; c += 64 / (bn_index)sizeof(REAL))
+            BN_PREFETCH(x + row * stride + c);
+}
+
 /* Block moments of up to BN_COLUMNS columns, four rows at a time, so that the sums are loaded and
    stored once for four additions. The first mean is that of the block, or, for float32, of its
    first rows: see row_moments. */
 static inline void FN(block_moments)(const REAL *x, bn_index rows, bn_index width, bn_index stride,
-                                     bn_moments *moments)
+                                     bn_index ahead, bn_moments *moments)
 {
     double first[BN_COLUMNS], off[BN_COLUMNS], square[BN_COLUMNS];
     const bn_index sample = BN_IS_DOUBLE ? rows : bn_min(rows, 4);
@@ -32,6 +39,7 @@ static inline void FN(block_moments)(const REAL *x, bn_index rows, bn_index widt
         first[c] /= (double)sample;
     for (row = 0; row + 4 <= rows; row += 4) {
         const REAL *p = x + row * stride, *q = p + stride, *r = q + stride, *s = r + stride;
+        FN(prefetch_rows)(p + ahead, ahead ? 4 : 0, width, stride);
         for (bn_index c = 0; c < width; c++) {
             const double dp = p[c] - first[c], dq = q[c] - first[c];
             const double dr = r[c] - first[c], ds = s[c] - first[c];
@@ -57,20 +65,20 @@ static inline bn_index FN(block_rows)(bn_index width)
 
 /* Moments of up to BN_COLUMNS columns: one block after the other is merged into those before. */
 static void FN(column_moments)(const char *x_bytes, bn_index rows, bn_index width, bn_index stride,
-                               bn_moments *moments)
+                               bn_index ahead, bn_moments *moments)
 {
     const REAL *x = (const REAL *)x_bytes;
     const bn_index step = FN(block_rows)(width);
     if (rows <= step) {
-        FN(block_moments)(x, rows, width, stride, moments);
+        FN(block_moments)(x, rows, width, stride, ahead, moments);
         return;
     }
     bn_moments block[BN_COLUMNS];
-    FN(block_moments)(x, step, width, stride, moments);
+    FN(block_moments)(x, step, width, stride, ahead, moments);
     for (bn_index row = step; row < rows; row += step) {
         const bn_index n = bn_min(step, rows - row);
         const double share = (double)n / (double)(row + n);
-        FN(block_moments)(x + row * stride, n, width, stride, block);
+        FN(block_moments)(x + row * stride, n, width, stride, ahead, block);
         for (bn_index c = 0; c < width; c++) {
             const double d = bn_distance(block[c], moments[c]) - moments[c].low;
             moments[c].low += d * share;
@@ -80,8 +88,8 @@ static void FN(column_moments)(const char *x_bytes, bn_index rows, bn_index widt
 }
 
 static inline void FN(block_sums)(const REAL *dy, const REAL *x, const REAL *y, bn_index rows,
-                                  bn_index width, bn_index stride, const double *mean,
-                                  double *sum_dy, double *sum_dy_x)
+                                  bn_index width, bn_index stride, bn_index ahead,
+                                  const double *mean, double *sum_dy, double *sum_dy_x)
 {
     double g_sum[BN_COLUMNS], gx_sum[BN_COLUMNS];
     for (bn_index c = 0; c < width; c++)
@@ -89,6 +97,8 @@ static inline void FN(block_sums)(const REAL *dy, const REAL *x, const REAL *y, 
     bn_index row = 0;
     for (; row + 2 <= rows; row += 2) {
         const bn_index i = row * stride, j = i + stride;
+        FN(prefetch_rows)(dy + i + ahead, ahead ? 2 : 0, width, stride);
+        FN(prefetch_rows)(x + i + ahead, ahead ? 2 : 0, width, stride);
         for (bn_index c = 0; c < width; c++) {
             const double g = FN(masked)(dy, y, i + c), h = FN(masked)(dy, y, j + c);
             g_sum[c] += g + h;
@@ -108,8 +118,8 @@ static inline void FN(block_sums)(const REAL *dy, const REAL *x, const REAL *y, 
 }
 
 static void FN(column_sums)(const char *dy_bytes, const char *x_bytes, const char *y_bytes,
-                            bn_index rows, bn_index width, bn_index stride, const double *mean,
-                            double *sum_dy, double *sum_dy_x)
+                            bn_index rows, bn_index width, bn_index stride, bn_index ahead,
+                            const double *mean, double *sum_dy, double *sum_dy_x)
 {
     const REAL *dy = (const REAL *)dy_bytes, *x = (const REAL *)x_bytes;
     const REAL *y = (const REAL *)y_bytes;
@@ -119,13 +129,16 @@ static void FN(column_sums)(const char *dy_bytes, const char *x_bytes, const cha
     for (bn_index row = 0; row < rows; row += step) {
         const bn_index n = bn_min(step, rows - row), at = row * stride;
         if (y)
-            FN(block_sums)(dy + at, x + at, y + at, n, width, stride, mean, sum_dy, sum_dy_x);
+            FN(block_sums)(dy + at, x + at, y + at, n, width, stride, ahead, mean, sum_dy,
+                           sum_dy_x);
         else
-            FN(block_sums)(dy + at, x + at, NULL, n, width, stride, mean, sum_dy, sum_dy_x);
+            FN(block_sums)(dy + at, x + at, NULL, n, width, stride, ahead, mean, sum_dy,
+                           sum_dy_x);
     }
 }
 
-/* `rows` rows at once, so that the channel vectors are loaded once for all of them. */
+/* `rows` rows at once, so that the channel vectors are loaded once for all of them: in the cache,
+   four take three quarters of the time of four times one. */
 static inline void FN(affine_rows_as)(const REAL *x, const REAL *residual, REAL *y, bn_index width,
                                       bn_index n, const REAL *head, const REAL *scale,
                                       const REAL *shift, const int rows, const int add,
@@ -155,18 +168,19 @@ static inline void FN(affine_rows)(const REAL *x, const REAL *residual, REAL *y,
         FN(affine_rows_as)(x, NULL, y, width, n, head, scale, shift, rows, 0, 0);
 }
 
-/* `elements` adjacent elements from column 0 on; the last row may be a part of one. Channels whose
-   numbers do not fit take the double path alone, so that no other channel's bits change. */
+/* `elements` adjacent elements from column 0 on; the last row may be a part of one. Arrays that are
+   not `cached` are read as one stream. Channels whose numbers do not fit take the double path alone,
+   so that no other channel's bits change. */
 static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes, char *y_bytes,
-                                 bn_index elements, bn_index width, const bn_affine *affine,
-                                 const char *packed, int relu)
+                                 bn_index elements, bn_index width, int cached,
+                                 const bn_affine *affine, const char *packed, int relu)
 {
     const REAL *x = (const REAL *)x_bytes, *residual = (const REAL *)residual_bytes;
     REAL *y = (REAL *)y_bytes;
     const REAL *head = (const REAL *)packed, *scale = head + width, *shift = scale + width;
     const int fits = shift[width] != 0;
     bn_index at = 0;
-    for (; fits && at + 4 * width <= elements; at += 4 * width)
+    for (; fits && cached && at + 4 * width <= elements; at += 4 * width)
         FN(affine_rows)(x + at, residual ? residual + at : NULL, y + at, width, width, head, scale,
                         shift, 4, relu);
     for (; at < elements; at += width) {
@@ -183,23 +197,17 @@ static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes
     }
 }
 
-/* As affine_rows_as; dresidual is written first, so that dx may be dy. */
-static inline void FN(gradient_rows)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
-                                     REAL *dresidual, bn_index width, bn_index n, const REAL *head,
-                                     const REAL *g_scale, const REAL *x_scale, const REAL *shift,
-                                     const int rows)
+/* As affine_rows, for one row: four were slower. dresidual is written first, so that dx may be dy. */
+static inline void FN(gradient_row)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+                                    REAL *dresidual, bn_index n, const REAL *head,
+                                    const REAL *g_scale, const REAL *x_scale, const REAL *shift)
 {
     if (dresidual)
-        for (int row = 0; row < rows; row++)
-            BN_SIMD for (bn_index c = 0; c < n; c++)
-                dresidual[row * width + c] = FN(masked)(dy, y, row * width + c);
-    BN_SIMD for (bn_index c = 0; c < n; c++) {
-        const REAL h = head[c], gs = g_scale[c], xs = x_scale[c], t = shift[c];
-        for (int row = 0; row < rows; row++) {
-            const bn_index i = row * width + c;
-            dx[i] = FN(gradient)(FN(masked)(dy, y, i), x[i], h, gs, xs, t);
-        }
-    }
+        BN_SIMD for (bn_index c = 0; c < n; c++)
+            dresidual[c] = FN(masked)(dy, y, c);
+    BN_SIMD for (bn_index c = 0; c < n; c++)
+        dx[c] = FN(gradient)(FN(masked)(dy, y, c), x[c], head[c], g_scale[c], x_scale[c],
+                             shift[c]);
 }
 
 static inline void FN(gradient_one)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
@@ -220,17 +228,11 @@ static inline void FN(column_gradient_as)(const REAL *dy, const REAL *x, const R
 {
     const REAL *g_scale = head + width, *x_scale = g_scale + width, *shift = x_scale + width;
     const int fits = shift[width] != 0;
-    bn_index at = 0;
-    for (; fits && at + 4 * width <= elements; at += 4 * width)
-        FN(gradient_rows)(dy + at, x + at, y ? y + at : NULL, dx + at,
-                          dresidual ? dresidual + at : NULL, width, width, head, g_scale, x_scale,
-                          shift, 4);
-    for (; at < elements; at += width) {
+    for (bn_index at = 0; at < elements; at += width) {
         const bn_index n = bn_min(width, elements - at);
         if (fits)
-            FN(gradient_rows)(dy + at, x + at, y ? y + at : NULL, dx + at,
-                              dresidual ? dresidual + at : NULL, width, n, head, g_scale, x_scale,
-                              shift, 1);
+            FN(gradient_row)(dy + at, x + at, y ? y + at : NULL, dx + at,
+                             dresidual ? dresidual + at : NULL, n, head, g_scale, x_scale, shift);
         for (bn_index c = 0; !fits && c < n; c++)
             FN(gradient_one)(dy + at + c, x + at + c, y ? y + at + c : NULL, dx + at + c,
                              dresidual ? dresidual + at + c : NULL, gradient + c, head + c,

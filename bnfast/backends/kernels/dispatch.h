@@ -30,8 +30,6 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
 /* Elements that go through the lanes before these are emptied: 64 additions in a row each. */
 #define BN_CHAIN 1024
 
-#define BN_AHEAD 2048
-
 #if defined(__GNUC__)
 #define BN_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 #define BN_NOINLINE __attribute__((noinline))
@@ -69,22 +67,24 @@ typedef struct {
 typedef struct {
     bn_index itemsize;
     void (*row_moments)(const char *x, bn_index runs, bn_index length, bn_index stride,
-                        bn_moments *moments);
+                        bn_index ahead, bn_moments *moments);
     void (*row_normalize)(const char *x, const char *residual, char *y, bn_index runs,
                           bn_index length, bn_index stride, const bn_affine *affine,
                           const char *packed, bn_index channels, bn_index channel, int relu);
     void (*row_sums)(const char *dy, const char *x, const char *y, bn_index runs, bn_index length,
-                     bn_index stride, double mean, double *sum_dy, double *sum_dy_x);
+                     bn_index stride, bn_index ahead, double mean, double *sum_dy, double *sum_dy_x);
     void (*row_gradient)(const char *dy, const char *x, const char *y, char *dx, char *dresidual,
                          bn_index runs, bn_index length, bn_index stride,
                          const bn_gradient *gradient, const char *packed, bn_index channels,
                          bn_index channel);
     void (*column_moments)(const char *x, bn_index rows, bn_index width, bn_index stride,
-                           bn_moments *moments);
+                           bn_index ahead, bn_moments *moments);
     void (*column_normalize)(const char *x, const char *residual, char *y, bn_index elements,
-                             bn_index width, const bn_affine *affine, const char *packed, int relu);
+                             bn_index width, int cached, const bn_affine *affine,
+                             const char *packed, int relu);
     void (*column_sums)(const char *dy, const char *x, const char *y, bn_index rows,
-                        bn_index width, bn_index stride, const double *mean, double *sum_dy,
+                        bn_index width, bn_index stride, bn_index ahead, const double *mean,
+                        double *sum_dy,
                         double *sum_dy_x);
     void (*column_gradient)(const char *dy, const char *x, const char *y, char *dx,
                             char *dresidual, bn_index elements, bn_index width,

@@ -21,14 +21,6 @@ static inline bn_index FN(piece)(bn_index left) { return left < 2 * BN_CHAIN ? l
 /* Runs to take at a time, so that they have about BN_CHAIN elements. */
 static inline bn_index FN(group)(bn_index length) { return bn_max(1, BN_CHAIN / bn_max(1, length)); }
 
-/* How far ahead of the element in work memory is asked for: 2048 elements, which for short runs is
-   some runs further. It is what the hardware does not foresee; training, 2 threads: 56x56 planes
-   1.2 times faster, 14x14 planes, backward, 1.15 times. */
-static inline bn_index FN(ahead)(bn_index length, bn_index stride)
-{
-    return length >= BN_AHEAD ? BN_AHEAD : bn_max(1, BN_AHEAD / bn_max(1, length)) * stride;
-}
-
 /* Room for a group of short runs, behind 16 zeros: the overlapping step may begin in these. */
 typedef struct {
     REAL zeros[BN_LANES], elements[BN_CHAIN];
@@ -76,7 +68,8 @@ BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index runs, bn_index n
     BN_ZERO(squares_end);
     for (bn_index run = 0; run < runs; run++, x += stride) {
         for (bn_index i = 0; i < n - rest; i += BN_LANES) {
-            BN_PREFETCH(x + i + ahead);
+            if (ahead)
+                BN_PREFETCH(x + i + ahead);
             BN_SIMD for (int k = 0; k < BN_LANES; k++) {
                 const double d = x[i + k] - first;
                 off[k] += d;
@@ -120,10 +113,10 @@ static inline double FN(total)(const REAL *x, bn_index runs, bn_index length, bn
    deviations are exact in double, and the worst that one outlier among these can cost (10 bits, if
    it is the only one of a run of 1) leaves m2 within M2_RELATIVE_FLOAT32 of spec.py. */
 static void FN(row_moments)(const char *x_bytes, bn_index runs, bn_index length, bn_index stride,
-                            bn_moments *moments)
+                            bn_index ahead, bn_moments *moments)
 {
     const REAL *x = (const REAL *)x_bytes;
-    const bn_index group = FN(group)(length), ahead = FN(ahead)(length, stride);
+    const bn_index group = FN(group)(length);
     const bn_index sample_runs = BN_IS_DOUBLE ? runs : 1;
     const bn_index sample_length = BN_IS_DOUBLE ? length : bn_min(length, BN_LANES);
     const double first = FN(total)(x, sample_runs, sample_length, stride) /
@@ -278,8 +271,10 @@ static inline void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y
     for (bn_index at = 0; at < runs * stride; at += stride) {
         const bn_index last = at + n - BN_LANES;
         for (bn_index i = at; i < at + n - rest; i += BN_LANES) {
-            BN_PREFETCH(dy + i + ahead);
-            BN_PREFETCH(x + i + ahead);
+            if (ahead) {
+                BN_PREFETCH(dy + i + ahead);
+                BN_PREFETCH(x + i + ahead);
+            }
             BN_SIMD for (int k = 0; k < BN_LANES; k++) {
                 const double g = FN(masked)(dy, y, i + k);
                 g_lane[k] += g;
@@ -328,12 +323,12 @@ static inline void FN(add_short)(const REAL *dy, const REAL *x, const REAL *y, b
 }
 
 static void FN(row_sums)(const char *dy_bytes, const char *x_bytes, const char *y_bytes,
-                         bn_index runs, bn_index length, bn_index stride, double mean,
-                         double *sum_dy, double *sum_dy_x)
+                         bn_index runs, bn_index length, bn_index stride, bn_index ahead,
+                         double mean, double *sum_dy, double *sum_dy_x)
 {
     const REAL *dy = (const REAL *)dy_bytes, *x = (const REAL *)x_bytes;
     const REAL *y = (const REAL *)y_bytes;
-    const bn_index group = FN(group)(length), ahead = FN(ahead)(length, stride);
+    const bn_index group = FN(group)(length);
     double g_sum[BN_LANES], gx_sum[BN_LANES];
     BN_ZERO(g_sum);
     BN_ZERO(gx_sum);

@@ -196,7 +196,7 @@ static void bn_row_moments(bn_call *call, bn_index part)
     const bn_index c = part / call->tiles.count, t = part % call->tiles.count;
     const bn_index at = bn_channel_tile(call, c, t, &place);
     call->kernels->row_moments(call->x + at, place.runs, place.length,
-                               call->channels * call->inner, call->moments + part);
+                               call->channels * call->inner, call->ahead, call->moments + part);
 }
 
 static void bn_row_sums(bn_call *call, bn_index part)
@@ -205,7 +205,7 @@ static void bn_row_sums(bn_call *call, bn_index part)
     const bn_index c = part / call->tiles.count, t = part % call->tiles.count;
     const bn_index at = bn_channel_tile(call, c, t, &place);
     call->kernels->row_sums(call->dy + at, call->x + at, bn_at(call->y_in, at), place.runs,
-                            place.length, call->channels * call->inner, call->mean[c],
+                            place.length, call->channels * call->inner, call->ahead, call->mean[c],
                             &call->sums[part].dy, &call->sums[part].dy_x);
 }
 
@@ -294,7 +294,7 @@ static void bn_column_moments(bn_call *call, bn_index number)
 {
     const bn_panel panel = bn_find_panel(call, number);
     call->kernels->column_moments(call->x + panel.at, panel.rows, panel.width, call->width,
-                                  call->moments + panel.entry);
+                                  call->ahead, call->moments + panel.entry);
 }
 
 static void bn_column_sums(bn_call *call, bn_index number)
@@ -303,7 +303,7 @@ static void bn_column_sums(bn_call *call, bn_index number)
     double dy[BN_COLUMNS], dy_x[BN_COLUMNS];
     call->kernels->column_sums(call->dy + panel.at, call->x + panel.at,
                                bn_at(call->y_in, panel.at), panel.rows, panel.width, call->width,
-                               call->wide_mean + panel.column, dy, dy_x);
+                               call->ahead, call->wide_mean + panel.column, dy, dy_x);
     for (bn_index c = 0; c < panel.width; c++) {
         call->sums[panel.entry + c].dy = dy[c];
         call->sums[panel.entry + c].dy_x = dy_x[c];
@@ -324,7 +324,8 @@ static void bn_column_normalize(bn_call *call, bn_index span)
     bn_index elements;
     const bn_index at = bn_span(call, span, &elements);
     call->kernels->column_normalize(call->x + at, bn_at(call->residual, at), call->y + at, elements,
-                                    call->width, call->affine, call->packed, call->relu);
+                                    call->width, !call->ahead, call->affine, call->packed,
+                                    call->relu);
 }
 
 static void bn_column_gradient(bn_call *call, bn_index span)
