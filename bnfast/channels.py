@@ -69,12 +69,17 @@ class Moments:
         return Moments(count, mean, m2)
 
 
-def as_array(value: Any) -> np.ndarray[Any, Any]:
-    """Return ``value`` as an array; raise TypeError for masked arrays, whose mask would be lost."""
-    if type(value) is np.ndarray:
-        return value
+def refuse_mask(value: Any) -> None:
+    """Raise TypeError for a masked array: its mask would be lost."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError("masked arrays are not accepted: the mask would be ignored")
+
+
+def as_array(value: Any) -> np.ndarray[Any, Any]:
+    """Return ``value`` as an array; raise TypeError for a masked one."""
+    if type(value) is np.ndarray:
+        return value
+    refuse_mask(value)
     return np.asarray(value)
 
 

@@ -83,6 +83,7 @@ def check_out(
     """
     if not (isinstance(out, np.ndarray) or registry.on_device(out)):
         raise TypeError(f"out should be an array like x, got {type(out).__name__}")
+    channels.refuse_mask(out)
     if out.shape != x.shape:
         raise ValueError(f"out should have the shape of x, {x.shape}, got {out.shape}")
     if out.dtype != x.dtype.newbyteorder("="):
@@ -140,6 +141,7 @@ def check_running(running: Any, count: int, name: str) -> None:
         return
     if not isinstance(running, np.ndarray):
         raise TypeError(f"{name} should be an array: training updates it in place")
+    channels.refuse_mask(running)
     channels.check_vector(running, count, name)
     if running.dtype.kind in "iu":
         raise TypeError(

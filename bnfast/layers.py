@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -47,7 +48,8 @@ def _vector(row: int, text: str) -> property:
         if value is not None:
             array = channels.as_array(value)
             channels.check_vector(array, self.num_features, name)
-        self._table[row] = _NEUTRAL[row] if value is None else array
+        with np.errstate(over="ignore"):
+            self._table[row] = _NEUTRAL[row] if value is None else array
         self._views[row] = None if value is None else self._table[row]
 
     return property(read, assign, doc=text)
@@ -85,8 +87,8 @@ class _BatchNorm:
         dtype = np.dtype(np.float32 if dtype is None else dtype).newbyteorder("=")
         if dtype.char not in "fd":
             raise TypeError(f"dtype should be float32 or float64, got {dtype}")
-        if momentum is not None:
-            float(momentum)
+        if momentum is not None and not isinstance(momentum, Real):
+            raise TypeError(f"momentum should be a number or None, got {momentum!r}")
         if backend is not None:
             registry.choose(backend)
         self.num_features = num_features

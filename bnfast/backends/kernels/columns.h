@@ -81,7 +81,7 @@ static void FN(column_moments)(const char *x_bytes, bn_index rows, bn_index widt
         FN(block_moments)(x + row * stride, n, width, stride, ahead, block);
         for (bn_index c = 0; c < width; c++) {
             const double d = bn_distance(block[c], moments[c]) - moments[c].low;
-            moments[c].low += d * share;
+            moments[c] = bn_moved(moments[c], d * share);
             moments[c].m2 += block[c].m2 + (double)row * share * d * d;
         }
     }

@@ -127,6 +127,15 @@ static inline bn_moments bn_corrected(double first, double deviation, double squ
     return moments;
 }
 
+/* Move the mean. Its first part follows, so that the second stays small beside it: a first guess
+   that was far off must not coarsen what is added later. */
+static inline bn_moments bn_moved(bn_moments moments, double by)
+{
+    const double low = moments.low + by, mean = moments.mean + low, back = mean - moments.mean;
+    const bn_moments moved = {mean, (moments.mean - (mean - back)) + (low - back), moments.m2};
+    return moved;
+}
+
 /* How far the mean of `a` is from the first mean of `b`. */
 static inline double bn_distance(bn_moments a, bn_moments b) { return (a.mean - b.mean) + a.low; }
 

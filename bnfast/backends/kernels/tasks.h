@@ -57,40 +57,45 @@ static inline double bn_entry(const bn_call *call, bn_index c, bn_index e, bn_in
 }
 
 /* Moments of the channels of a group from those of their parts: first the mean, then the squares
-   about it. Means are compared with the first part's, so that no digit is lost to a large mean. */
+   about it, and with them what the first mean was off by. Differences of means are small numbers,
+   so that no digit is lost to a large mean. */
 static void bn_combine_moments(bn_call *call, bn_index g)
 {
     const bn_index entries = bn_entries(call);
     bn_index first, row;
     const bn_index size = bn_group(call, g, &first);
-    bn_moments pivot[BN_GROUP];
-    double shifted[BN_GROUP], m2[BN_GROUP];
+    bn_moments total[BN_GROUP];
+    double shifted[BN_GROUP];
     for (bn_index i = 0; i < size; i++) {
         const bn_moments none = {0.0, 0.0, 0.0};
-        pivot[i] = none;
+        total[i] = none;
         if (entries) {
             bn_entry(call, first + i, 0, &row);
-            pivot[i] = call->moments[row];
+            total[i] = call->moments[row];
         }
-        shifted[i] = m2[i] = 0.0;
+        shifted[i] = 0.0;
     }
-    for (bn_index e = 0; e < entries; e++) {
+    for (bn_index e = 1; e < entries; e++) {
         const double n = bn_entry(call, first, e, &row);
         for (bn_index i = 0; n && i < size; i++)
-            shifted[i] += n * bn_distance(call->moments[row + i], pivot[i]);
+            shifted[i] += n * (bn_distance(call->moments[row + i], total[i]) - total[i].low);
     }
-    for (bn_index i = 0; i < size; i++)
-        shifted[i] = entries > 1 ? shifted[i] / call->count : pivot[i].low;
-    for (bn_index e = 0; e < entries; e++) {
+    for (bn_index i = 0; entries > 1 && i < size; i++) {
+        total[i] = bn_moved(total[i], shifted[i] / call->count);
+        total[i].m2 = shifted[i] = 0.0;
+    }
+    for (bn_index e = 0; entries > 1 && e < entries; e++) {
         const double n = bn_entry(call, first, e, &row);
         for (bn_index i = 0; n && i < size; i++) {
-            const double d = bn_distance(call->moments[row + i], pivot[i]) - shifted[i];
-            m2[i] += call->moments[row + i].m2 + n * d * d;
+            const double d = bn_distance(call->moments[row + i], total[i]) - total[i].low;
+            shifted[i] += n * d;
+            total[i].m2 += call->moments[row + i].m2 + n * d * d;
         }
     }
     for (bn_index i = 0; i < size; i++) {
-        call->mean[first + i] = pivot[i].mean + shifted[i];
-        call->m2[first + i] = m2[i];
+        const double off = entries > 1 ? shifted[i] / call->count : 0.0;
+        call->mean[first + i] = total[i].mean + (total[i].low + off);
+        call->m2[first + i] = total[i].m2;
     }
 }
 

@@ -25,6 +25,7 @@ from bnfast.backends.numba_kernels.lanes import (
     muladd,
     put,
     rectify,
+    unless_zero,
 )
 
 LARGEST = 2.0**100
@@ -94,7 +95,7 @@ def fill_forward(table, wide, c, mean, var, weight, bias, eps):
     head = cast(mean, table)
     table[0, c] = head
     table[1, c] = scale
-    table[2, c] = bias[c] - (mean - head) * scale
+    table[2, c] = bias[c] if mean == head else bias[c] - (mean - head) * scale
     table[3, c] = table.itemsize == 8 or (
         moderate(scale) and abs(mean) <= LARGEST and abs(bias[c]) <= LARGEST
     )
@@ -116,7 +117,8 @@ def fill_backward(table, wide, c, mean, invstd, weight, means):
     head = cast(mean[c], table)
     table[0, c] = head
     table[1, c] = slope
-    table[2, c] = offset - (mean[c] - head) * slope
+    exact = mean[c] == head or slope == 0
+    table[2, c] = offset if exact else offset - (mean[c] - head) * slope
     table[3, c] = factor
     table[4, c] = table.itemsize == 8 or (
         moderate(slope) and moderate(factor) and abs(mean[c]) <= LARGEST and abs(offset) <= LARGEST
@@ -138,6 +140,9 @@ def output(x, residual, head, scale, shift, add, relu):
 
 @inline
 def gradient(g, x, head, slope, offset, factor):
-    """Return dx in the dtype of x, computed in the dtype of ``head``."""
-    common = muladd(cast(x, head) - head, slope, offset)
+    """Return dx in the dtype of x, computed in the dtype of ``head``.
+
+    Where slope is 0, as in eval mode, x and head do not matter, not even if they are infinite.
+    """
+    common = muladd(unless_zero(slope, cast(x, head) - head), slope, offset)
     return cast(muladd(cast(g, head), factor, common), x)

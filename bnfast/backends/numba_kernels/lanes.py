@@ -26,6 +26,7 @@ array goes to a function as a dozen numbers. Functions with ``_last`` in their n
     muladd(a, b, c)                  a * b + c: one rounding where the CPU has FMA, else two
     where_positive(t, v)             v where t > 0, else 0
     where_nonzero(t, v, w)           v where t != 0, else w
+    unless_zero(t, v)                v where t != 0, else 0
     rectify(v)                       0 where v < 0, else v: NaN passes
     last_lanes(v, count)             v with zero in all but the last ``count`` lanes
     total(v)                         the sum over the lanes, pairwise
@@ -324,6 +325,17 @@ def where_nonzero(typingctx, test, value, other):
         return builder.select(nonzero, args[1], args[2])
 
     return value(test, value, other), codegen
+
+
+@intrinsic
+def unless_zero(typingctx, test, value):
+    """Return ``value`` where ``test`` is not 0, else 0."""
+
+    def codegen(context, builder, sig, args):
+        nonzero = builder.fcmp_unordered("!=", args[0], ir.Constant(args[0].type, None))
+        return builder.select(nonzero, args[1], ir.Constant(args[1].type, None))
+
+    return value(test, value), codegen
 
 
 @intrinsic
