@@ -168,19 +168,18 @@ static inline void FN(affine_rows)(const REAL *x, const REAL *residual, REAL *y,
         FN(affine_rows_as)(x, NULL, y, width, n, head, scale, shift, rows, 0, 0);
 }
 
-/* `elements` adjacent elements from column 0 on; the last row may be a part of one. Arrays that are
-   not `cached` are read as one stream. Channels whose numbers do not fit take the double path alone,
-   so that no other channel's bits change. */
+/* `elements` adjacent elements from column 0 on; the last row may be a part of one. Channels whose
+   numbers do not fit take the double path alone, so that no other channel's bits change. */
 static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes, char *y_bytes,
-                                 bn_index elements, bn_index width, int cached,
-                                 const bn_affine *affine, const char *packed, int relu)
+                                 bn_index elements, bn_index width, const bn_affine *affine,
+                                 const char *packed, int relu)
 {
     const REAL *x = (const REAL *)x_bytes, *residual = (const REAL *)residual_bytes;
     REAL *y = (REAL *)y_bytes;
     const REAL *head = (const REAL *)packed, *scale = head + width, *shift = scale + width;
     const int fits = shift[width] != 0;
     bn_index at = 0;
-    for (; fits && cached && at + 4 * width <= elements; at += 4 * width)
+    for (; fits && at + 4 * width <= elements; at += 4 * width)
         FN(affine_rows)(x + at, residual ? residual + at : NULL, y + at, width, width, head, scale,
                         shift, 4, relu);
     for (; at < elements; at += width) {

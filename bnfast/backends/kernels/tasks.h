@@ -329,8 +329,7 @@ static void bn_column_normalize(bn_call *call, bn_index span)
     bn_index elements;
     const bn_index at = bn_span(call, span, &elements);
     call->kernels->column_normalize(call->x + at, bn_at(call->residual, at), call->y + at, elements,
-                                    call->width, !call->ahead, call->affine, call->packed,
-                                    call->relu);
+                                    call->width, call->affine, call->packed, call->relu);
 }
 
 static void bn_column_gradient(bn_call *call, bn_index span)
