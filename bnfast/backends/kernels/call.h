@@ -9,6 +9,7 @@
 #ifndef BNFAST_CALL_H
 #define BNFAST_CALL_H
 
+#include <stdint.h>
 #include <stdlib.h>
 
 #include "dispatch.h"

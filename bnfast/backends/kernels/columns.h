@@ -168,17 +168,39 @@ static inline void FN(affine_rows)(const REAL *x, const REAL *residual, REAL *y,
         FN(affine_rows_as)(x, NULL, y, width, n, head, scale, shift, rows, 0, 0);
 }
 
+/* One row, its whole cache lines past the cache. y is neither x nor residual. */
+static inline void FN(affine_row_streamed)(const REAL *x, const REAL *residual, REAL *y,
+                                           bn_index n, const REAL *head, const REAL *scale,
+                                           const REAL *shift, int relu)
+{
+    enum { LINE = 64 / sizeof(REAL) };
+    const bn_index first = bn_min(n, (bn_index)(-(uintptr_t)y % 64 / sizeof(REAL)));
+    bn_index c = first;
+    FN(affine_rows)(x, residual, y, n, first, head, scale, shift, 1, relu);
+    for (; c + LINE <= n; c += LINE) {
+        _Alignas(64) REAL line[LINE];
+        FN(affine_rows)(x + c, residual ? residual + c : NULL, line, LINE, LINE, head + c, scale + c,
+                        shift + c, 1, relu);
+        BN_JOIN(stream, line, BN_TARGET)(y + c, line);
+    }
+    FN(affine_rows)(x + c, residual ? residual + c : NULL, y + c, n, n - c, head + c, scale + c,
+                    shift + c, 1, relu);
+}
+
 /* `elements` adjacent elements from column 0 on; the last row may be a part of one. Channels whose
    numbers do not fit take the double path alone, so that no other channel's bits change. */
 static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes, char *y_bytes,
-                                 bn_index elements, bn_index width, const bn_affine *affine,
-                                 const char *packed, int relu)
+                                 bn_index elements, bn_index width, int stream,
+                                 const bn_affine *affine, const char *packed, int relu)
 {
     const REAL *x = (const REAL *)x_bytes, *residual = (const REAL *)residual_bytes;
     REAL *y = (REAL *)y_bytes;
     const REAL *head = (const REAL *)packed, *scale = head + width, *shift = scale + width;
     const int fits = shift[width] != 0;
     bn_index at = 0;
+    for (; fits && stream && at + width <= elements; at += width)
+        FN(affine_row_streamed)(x + at, residual ? residual + at : NULL, y + at, width, head, scale,
+                                shift, relu);
     for (; fits && at + 4 * width <= elements; at += 4 * width)
         FN(affine_rows)(x + at, residual ? residual + at : NULL, y + at, width, width, head, scale,
                         shift, 4, relu);
@@ -194,6 +216,10 @@ static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes
             else
                 y[at + c] = FN(affine_wide)(x[at + c], r ? r + c : NULL, affine[c], relu);
     }
+#if defined(__SSE2__)
+    if (stream)
+        _mm_sfence();
+#endif
 }
 
 /* As affine_rows, for one row: four were slower. dresidual is written first, so that dx may be dy. */

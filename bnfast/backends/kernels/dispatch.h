@@ -13,8 +13,12 @@
 #ifndef BNFAST_DISPATCH_H
 #define BNFAST_DISPATCH_H
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <string.h>
 
 typedef ptrdiff_t bn_index;
@@ -80,8 +84,8 @@ typedef struct {
     void (*column_moments)(const char *x, bn_index rows, bn_index width, bn_index stride,
                            bn_index ahead, bn_moments *moments);
     void (*column_normalize)(const char *x, const char *residual, char *y, bn_index elements,
-                             bn_index width, const bn_affine *affine, const char *packed,
-                             int relu);
+                             bn_index width, int stream, const bn_affine *affine,
+                             const char *packed, int relu);
     void (*column_sums)(const char *dy, const char *x, const char *y, bn_index rows,
                         bn_index width, bn_index stride, bn_index ahead, const double *mean,
                         double *sum_dy,

@@ -324,12 +324,18 @@ static inline bn_index bn_span(const bn_call *call, bn_index span, bn_index *ele
     return first * call->kernels->itemsize;
 }
 
+static inline int bn_streams(const bn_call *call)
+{
+    return call->ahead && call->y != call->x && call->y != call->residual;
+}
+
 static void bn_column_normalize(bn_call *call, bn_index span)
 {
     bn_index elements;
     const bn_index at = bn_span(call, span, &elements);
     call->kernels->column_normalize(call->x + at, bn_at(call->residual, at), call->y + at, elements,
-                                    call->width, call->affine, call->packed, call->relu);
+                                    call->width, bn_streams(call), call->affine, call->packed,
+                                    call->relu);
 }
 
 static void bn_column_gradient(bn_call *call, bn_index span)
