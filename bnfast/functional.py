@@ -306,13 +306,7 @@ def normalize_packed(
 ) -> NDArray[Any]:
     """Run ``normalize`` on an admitted array with packed channel vectors."""
     kernels, plan = _dispatch(x, backend)
-    if residual is not None:
-        residual = check_like(residual, x, "residual")
-    if out is not None:
-        check_out(out, x, may_be={"x": x, "residual": residual})
-    if residual is not None:
-        residual = kernels.view(residual, plan)
-    x_form = kernels.view(x, plan)
+    x_form, residual_form = _sources(x, residual, out, plan, kernels)
     y, y_form = _destination(out, plan, kernels, x)
     num_threads = threads.claim(x.size)
     try:
@@ -323,7 +317,7 @@ def normalize_packed(
             weight,
             bias,
             eps,
-            residual,
+            residual_form,
             y=y_form,
             relu=relu,
             num_threads=num_threads,
@@ -349,13 +343,7 @@ def train_packed(
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"
         )
-    if residual is not None:
-        residual = check_like(residual, x, "residual")
-    if out is not None:
-        check_out(out, x, may_be={"x": x, "residual": residual})
-    if residual is not None:
-        residual = kernels.view(residual, plan)
-    x_form = kernels.view(x, plan)
+    x_form, residual_form = _sources(x, residual, out, plan, kernels)
     y, y_form = _destination(out, plan, kernels, x)
     mean, m2 = np.empty(weight.shape), np.empty(weight.shape)
     num_threads = threads.claim(x.size)
@@ -365,7 +353,7 @@ def train_packed(
             weight,
             bias,
             eps,
-            residual,
+            residual_form,
             y=y_form,
             mean=mean,
             m2=m2,
@@ -454,6 +442,17 @@ def backward_packed(
 def _dispatch(x: NDArray[Any], backend: str | None) -> tuple[Kernels, Plan]:
     """Choose the kernels for ``x`` and plan its way to them."""
     return registry.choose(backend, x), layout.plan(x.shape, x.strides, x.dtype)
+
+
+def _sources(
+    x: NDArray[Any], residual: Any, out: Any, plan: Plan, kernels: Kernels
+) -> tuple[Floats, Floats | None]:
+    """Check what a forward call adds and where it writes; return the forms of x and residual."""
+    if residual is not None:
+        residual = check_like(residual, x, "residual")
+    if out is not None:
+        check_out(out, x, may_be={"x": x, "residual": residual})
+    return kernels.view(x, plan), None if residual is None else kernels.view(residual, plan)
 
 
 def _destination(
