@@ -1,0 +1,211 @@
+/* y = act((x - mean) * scale + bias + residual), over a stretch of adjacent elements: runs of one
+   channel each (rows), or rows of channels (columns).  Needs REAL, FN, BN_IS_DOUBLE, stream.h. */
+
+/* The mean may have more digits than REAL: its head is subtracted, its tail is in the shift. */
+static inline REAL FN(affine)(REAL x, REAL residual, REAL head, REAL scale, REAL shift, int add,
+                              int relu)
+{
+    const REAL normal = FN(mad)(x - head, scale, shift);
+    const REAL sum = add ? normal + residual : normal;
+    return relu && sum < 0 ? 0 : sum;
+}
+
+/* One element in double, rounded where the definition rounds: for channels whose numbers do not
+   fit REAL. */
+static inline REAL FN(affine_wide)(REAL x, const REAL *residual, bn_affine affine, int relu)
+{
+    REAL y = (REAL)((x - affine.mean) * affine.scale + affine.bias);
+    if (residual)
+        y += *residual;
+    return relu && y < 0 ? 0 : y;
+}
+
+static inline int FN(affine_fits)(bn_affine affine)
+{
+    return BN_IS_DOUBLE || (bn_fits(affine.mean) && bn_fits(affine.scale) &&
+                            !(fabs(affine.bias) > 0x1p100));
+}
+
+/* What REAL leaves of a mean; 0 for float64, where infinity - infinity would be NaN. */
+static inline double FN(tail)(double mean) { return BN_IS_DOUBLE ? 0 : mean - (REAL)mean; }
+
+/* Put the vectors of `count` of `width` channels into REAL: all heads, all scales, all shifts.
+   Return whether every channel fits. */
+static int FN(pack_affine)(const bn_affine *affine, bn_index count, bn_index width, char *packed)
+{
+    REAL *head = (REAL *)packed, *scale = head + width, *shift = scale + width;
+    int fits = 1;
+    for (bn_index c = 0; c < count; c++) {
+        const double tail = FN(tail)(affine[c].mean);
+        head[c] = (REAL)affine[c].mean;
+        scale[c] = (REAL)affine[c].scale;
+        shift[c] = (REAL)(tail == 0 ? affine[c].bias : affine[c].bias - tail * affine[c].scale);
+        fits &= FN(affine_fits)(affine[c]);
+    }
+    return fits;
+}
+
+/* One channel, for constant `add` and `relu`. The end of a run that is no multiple of the lanes is
+   done as one step of 16 that overlaps the last full one; its inputs are read first, since y may be
+   x or residual. */
+static inline void FN(affine_run_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                     REAL head, REAL scale, REAL shift, const int add,
+                                     const int relu)
+{
+    REAL last_x[BN_LANES], last_residual[BN_LANES] = {0};
+    const int overlaps = n > BN_LANES && n % BN_LANES;
+    const bn_index end = overlaps ? n - n % BN_LANES : n;
+    if (overlaps) {
+        memcpy(last_x, x + n - BN_LANES, sizeof last_x);
+        if (add)
+            memcpy(last_residual, residual + n - BN_LANES, sizeof last_residual);
+    }
+    BN_SIMD for (bn_index i = 0; i < end; i++)
+        y[i] = FN(affine)(x[i], add ? residual[i] : 0, head, scale, shift, add, relu);
+    if (overlaps)
+        BN_SIMD for (int k = 0; k < BN_LANES; k++)
+            y[n - BN_LANES + k] =
+                FN(affine)(last_x[k], last_residual[k], head, scale, shift, add, relu);
+}
+
+static inline void FN(affine_run)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                  REAL head, REAL scale, REAL shift, int relu)
+{
+    if (residual && relu)
+        FN(affine_run_as)(x, residual, y, n, head, scale, shift, 1, 1);
+    else if (residual)
+        FN(affine_run_as)(x, residual, y, n, head, scale, shift, 1, 0);
+    else if (relu)
+        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, 0, 1);
+    else
+        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, 0, 0);
+}
+
+/* The same past the cache, for n results, a line or more. `step` is 0 where they share a channel, 1
+   where each has its own. */
+static inline void FN(affine_send_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                      const REAL *head, const REAL *scale, const REAL *shift,
+                                      FN(pending) *pending, const int step, const int add,
+                                      const int relu)
+{
+#define BN_MAKE(i, to)                                                                             \
+    BN_SIMD for (bn_index k = 0; k < FN(LINE); k++)(to)[k] =                                       \
+        FN(affine)(x[(i) + k], add ? residual[(i) + k] : 0, head[step * ((i) + k)],                \
+                   scale[step * ((i) + k)], shift[step * ((i) + k)], add, relu)
+    BN_SEND(pending, y, n, BN_MAKE);
+#undef BN_MAKE
+}
+
+static inline void FN(affine_send)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                   const REAL *head, const REAL *scale, const REAL *shift,
+                                   FN(pending) *pending, const int step, int relu)
+{
+    if (residual && relu)
+        FN(affine_send_as)(x, residual, y, n, head, scale, shift, pending, step, 1, 1);
+    else if (residual)
+        FN(affine_send_as)(x, residual, y, n, head, scale, shift, pending, step, 1, 0);
+    else if (relu)
+        FN(affine_send_as)(x, NULL, y, n, head, scale, shift, pending, step, 0, 1);
+    else
+        FN(affine_send_as)(x, NULL, y, n, head, scale, shift, pending, step, 0, 0);
+}
+
+/* Adjacent runs of `length` elements, the first of them of channel c, round and round. */
+static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, char *y_bytes,
+                              bn_index elements, bn_index length, bn_affines of, bn_index c)
+{
+    const REAL *x = (const REAL *)x_bytes, *residual = (const REAL *)residual_bytes;
+    const REAL *head = (const REAL *)of.packed, *scale = head + of.width;
+    const REAL *shift = scale + of.width;
+    REAL *y = (REAL *)y_bytes;
+    FN(pending) pending = {.fill = 0};
+    for (bn_index at = 0; at < elements; at += length) {
+        const REAL *r = residual ? residual + at : NULL;
+        const int fits = of.fits || FN(affine_fits)(of.affine[c]);
+        if (of.stream && fits && length >= FN(LINE))
+            FN(affine_send)(x + at, r, y + at, length, head + c, scale + c, shift + c, &pending, 0,
+                            of.relu);
+        else if (fits)
+            FN(affine_run)(x + at, r, y + at, length, head[c], scale[c], shift[c], of.relu);
+        else {
+            FN(end)(&pending, y + at);
+            for (bn_index i = at; i < at + length; i++)
+                y[i] = FN(affine_wide)(x[i], residual ? residual + i : NULL, of.affine[c], of.relu);
+        }
+        c = c + 1 == of.width ? 0 : c + 1;
+    }
+    FN(end)(&pending, y + elements);
+}
+
+/* `rows` rows at once, so that the channel vectors are loaded once for all of them: in the cache,
+   four take three quarters of the time of four times one. */
+static inline void FN(affine_rows_as)(const REAL *x, const REAL *residual, REAL *y, bn_index width,
+                                      bn_index n, const REAL *head, const REAL *scale,
+                                      const REAL *shift, const int rows, const int add,
+                                      const int relu)
+{
+    BN_SIMD for (bn_index c = 0; c < n; c++) {
+        const REAL h = head[c], s = scale[c], t = shift[c];
+        for (int row = 0; row < rows; row++) {
+            const bn_index i = row * width + c;
+            y[i] = FN(affine)(x[i], add ? residual[i] : 0, h, s, t, add, relu);
+        }
+    }
+}
+
+/* Four rows, or (with `n` columns) a part of one. */
+static inline void FN(affine_rows)(const REAL *x, const REAL *residual, REAL *y, bn_index width,
+                                   bn_index n, const REAL *head, const REAL *scale,
+                                   const REAL *shift, const int rows, int relu)
+{
+    if (residual && relu)
+        FN(affine_rows_as)(x, residual, y, width, n, head, scale, shift, rows, 1, 1);
+    else if (residual)
+        FN(affine_rows_as)(x, residual, y, width, n, head, scale, shift, rows, 1, 0);
+    else if (relu)
+        FN(affine_rows_as)(x, NULL, y, width, n, head, scale, shift, rows, 0, 1);
+    else
+        FN(affine_rows_as)(x, NULL, y, width, n, head, scale, shift, rows, 0, 0);
+}
+
+/* A part of a row where some channels do not fit: these take the double path alone, so that no
+   other channel's bits change. */
+static inline void FN(affine_mixed)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                    const REAL *head, const REAL *scale, const REAL *shift,
+                                    const bn_affine *affine, int relu)
+{
+    for (bn_index c = 0; c < n; c++) {
+        const REAL *r = residual ? residual + c : NULL;
+        if (FN(affine_fits)(affine[c]))
+            FN(affine_run)(x + c, r, y + c, 1, head[c], scale[c], shift[c], relu);
+        else
+            y[c] = FN(affine_wide)(x[c], r, affine[c], relu);
+    }
+}
+
+/* Adjacent elements from the first column on; they may end within a row. */
+static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes, char *y_bytes,
+                                 bn_index elements, bn_affines of)
+{
+    const REAL *x = (const REAL *)x_bytes, *residual = (const REAL *)residual_bytes;
+    const bn_index width = of.width;
+    const REAL *head = (const REAL *)of.packed, *scale = head + width, *shift = scale + width;
+    REAL *y = (REAL *)y_bytes;
+    FN(pending) pending = {.fill = 0};
+    bn_index at = 0;
+    for (; of.stream && of.fits && at + width <= elements && width >= FN(LINE); at += width)
+        FN(affine_send)(x + at, residual ? residual + at : NULL, y + at, width, head, scale, shift,
+                        &pending, 1, of.relu);
+    FN(end)(&pending, y + at);
+    for (; of.fits && at + 4 * width <= elements; at += 4 * width)
+        FN(affine_rows)(x + at, residual ? residual + at : NULL, y + at, width, width, head, scale,
+                        shift, 4, of.relu);
+    for (; at < elements; at += width) {
+        const bn_index n = bn_min(width, elements - at);
+        const REAL *r = residual ? residual + at : NULL;
+        if (of.fits)
+            FN(affine_rows)(x + at, r, y + at, width, n, head, scale, shift, 1, of.relu);
+        else
+            FN(affine_mixed)(x + at, r, y + at, n, head, scale, shift, of.affine, of.relu);
+    }
+}

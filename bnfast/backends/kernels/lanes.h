@@ -1,0 +1,83 @@
+/* Sixteen sums in double beside each other, in vectors as wide as the instruction set's registers.
+
+   Explicit vectors, because gcc 12 keeps arrays of 16 doubles in memory as soon as two loops add to
+   them: a pass over 49-element runs took twice as long. Lane k takes the elements k, 16 + k, ...
+   of a run, whatever the vector width, so the order of additions is the same everywhere.
+   Needs REAL, FN. */
+
+#if defined(__AVX512F__)
+#define BN_VECTOR 64
+#elif defined(__AVX__)
+#define BN_VECTOR 32
+#else
+#define BN_VECTOR 16
+#endif
+
+enum { FN(WIDTH) = BN_VECTOR / 8, FN(VECTORS) = BN_LANES * 8 / BN_VECTOR };
+
+typedef double FN(wide) __attribute__((vector_size(BN_VECTOR)));
+typedef REAL FN(narrow) __attribute__((vector_size(BN_VECTOR / 8 * sizeof(REAL))));
+
+typedef struct {
+    FN(wide) part[FN(VECTORS)];
+} FN(lanes);
+
+/* Vector k of the lanes: a loop that the compiler must unroll, so that they stay in registers. */
+#define BN_EACH(k) _Pragma("GCC unroll 8") for (int k = 0; k < FN(VECTORS); k++)
+
+static inline FN(wide) FN(load)(const REAL *x)
+{
+    FN(narrow) some;
+    memcpy(&some, x, sizeof some);
+    return __builtin_convertvector(some, FN(wide));
+}
+
+static inline FN(wide) FN(load_wide)(const double *x)
+{
+    FN(wide) some;
+    memcpy(&some, x, sizeof some);
+    return some;
+}
+
+static inline FN(wide) FN(spread)(double value) { return value - (FN(wide)){0}; }
+
+/* a * b + c, rounded once where the instruction set can. */
+static inline FN(wide) FN(vector_mad)(FN(wide) a, FN(wide) b, FN(wide) c)
+{
+#if defined(__AVX512F__)
+    return (FN(wide))_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (FN(wide))_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+    for (int k = 0; k < FN(WIDTH); k++)
+        c[k] = FN(wide_mad)(a[k], b[k], c[k]);
+    return c;
+#endif
+}
+
+static inline void FN(add_lanes)(double *sum, FN(lanes) lanes)
+{
+    BN_EACH(k) {
+        const FN(wide) total = FN(load_wide)(sum + k * FN(WIDTH)) + lanes.part[k];
+        memcpy(sum + k * FN(WIDTH), &total, sizeof total);
+    }
+}
+
+/* `dy`, or 0 where y is not positive, NaN included. */
+static inline FN(wide) FN(load_masked)(const REAL *dy, const REAL *y)
+{
+    FN(narrow) g, output;
+    memcpy(&g, dy, sizeof g);
+    memcpy(&output, y, sizeof output);
+    const __typeof__(output > (FN(narrow)){0}) passes = output > (FN(narrow)){0};
+    return __builtin_convertvector((FN(narrow))((__typeof__(passes))g & passes), FN(wide));
+}
+
+/* Part k of the last step of a run, which may overlap the one before: only its last `rest` lanes
+   count. */
+static inline FN(wide) FN(fresh)(FN(wide) value, bn_index rest, int k)
+{
+    return value * FN(load_wide)(bn_keep + rest + k * FN(WIDTH));
+}
+
+#undef BN_VECTOR
