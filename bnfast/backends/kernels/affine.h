@@ -46,26 +46,26 @@ static int FN(pack_affine)(const bn_affine *affine, bn_index count, bn_index wid
 }
 
 /* One channel, for constant `add` and `relu`. The end of a run that is no multiple of the lanes is
-   done as one step of 16 that overlaps the last full one; its inputs are read first, since y may be
-   x or residual. */
+   done as one step of 16 that overlaps the last full one; it is computed first and stored last,
+   since y may be x or residual. */
 static inline void FN(affine_run_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
                                      REAL head, REAL scale, REAL shift, const int add,
                                      const int relu)
 {
-    REAL last_x[BN_LANES], last_residual[BN_LANES] = {0};
-    const int overlaps = n > BN_LANES && n % BN_LANES;
-    const bn_index end = overlaps ? n - n % BN_LANES : n;
-    if (overlaps) {
-        memcpy(last_x, x + n - BN_LANES, sizeof last_x);
-        if (add)
-            memcpy(last_residual, residual + n - BN_LANES, sizeof last_residual);
+    const bn_index last = n - BN_LANES;
+    REAL end[BN_LANES];
+    if (n < BN_LANES) {
+        for (bn_index i = 0; i < n; i++)
+            y[i] = FN(affine)(x[i], add ? residual[i] : 0, head, scale, shift, add, relu);
+        return;
     }
-    BN_SIMD for (bn_index i = 0; i < end; i++)
-        y[i] = FN(affine)(x[i], add ? residual[i] : 0, head, scale, shift, add, relu);
-    if (overlaps)
-        BN_SIMD for (int k = 0; k < BN_LANES; k++)
-            y[n - BN_LANES + k] =
-                FN(affine)(last_x[k], last_residual[k], head, scale, shift, add, relu);
+    BN_SIMD for (int k = 0; k < BN_LANES; k++)
+        end[k] = FN(affine)(x[last + k], add ? residual[last + k] : 0, head, scale, shift, add,
+                            relu);
+    for (bn_index i = 0; i < last; i += BN_LANES)
+        BN_SIMD for (bn_index k = i; k < i + BN_LANES; k++)
+            y[k] = FN(affine)(x[k], add ? residual[k] : 0, head, scale, shift, add, relu);
+    memcpy(y + last, end, sizeof end);
 }
 
 static inline void FN(affine_run)(const REAL *x, const REAL *residual, REAL *y, bn_index n,

@@ -194,17 +194,17 @@ static inline void *bn_allocate(bn_call *call, int needs)
     const size_t affine = needs & BN_AFFINE ? width * sizeof(bn_affine) : 0;
     const size_t gradient = needs & BN_GRADIENT ? width * sizeof(bn_gradient) : 0;
     const size_t packed = affine || gradient ? 4 * width * sizeof(double) : 0;
-    char *const block = (char *)malloc(moments + sums + means + affine + gradient + packed +
-                                       width / BN_GROUP + 1);
+    char *const block = (char *)malloc(packed + moments + sums + means + affine + gradient +
+                                       width / BN_GROUP + 1 + 64);
     if (!block)
         return NULL;
-    call->moments = (bn_moments *)block;
-    call->sums = (bn_sums *)(block + moments);
-    call->wide_mean = (double *)(block + moments + sums);
-    call->affine = (bn_affine *)(block + moments + sums + means);
-    call->gradient = (bn_gradient *)(block + moments + sums + means + affine);
-    call->packed = block + moments + sums + means + affine + gradient;
-    call->fits = call->packed + packed;
+    call->packed = block + -(uintptr_t)block % 64;
+    call->moments = (bn_moments *)(call->packed + packed);
+    call->sums = (bn_sums *)((char *)call->moments + moments);
+    call->wide_mean = (double *)((char *)call->sums + sums);
+    call->affine = (bn_affine *)((char *)call->wide_mean + means);
+    call->gradient = (bn_gradient *)((char *)call->affine + affine);
+    call->fits = (char *)call->gradient + gradient;
     return block;
 }
 

@@ -17,21 +17,36 @@ static inline void FN(prefetch_rows)(const REAL *x, bn_index rows, bn_index widt
             BN_PREFETCH(x + row * stride + c);
 }
 
+static inline void FN(add_vector)(double *sum, FN(wide) value)
+{
+    value += FN(load_wide)(sum);
+    memcpy(sum, &value, sizeof value);
+}
+
 /* The sums over `rows` rows of x of the deviations from `first` and of their squares are added to
    those of each column: these are loaded and stored once for all of the rows. */
 static inline void FN(add_rows)(const REAL *x, bn_index width, bn_index stride, const double *first,
                                 double *off, double *square, const int rows)
 {
-    BN_SIMD for (bn_index c = 0; c < width; c++) {
-        double deviations = 0, squares = 0;
+    bn_index c = 0;
+    for (; c + FN(WIDTH) <= width; c += FN(WIDTH)) {
+        const FN(wide) from = FN(load_wide)(first + c);
+        FN(wide) deviations = {0}, squares = {0};
+        _Pragma("GCC unroll 8") for (int row = 0; row < rows; row++)
+        {
+            const FN(wide) d = FN(load)(x + row * stride + c) - from;
+            deviations += d;
+            squares = FN(vector_mad)(d, d, squares);
+        }
+        FN(add_vector)(off + c, deviations);
+        FN(add_vector)(square + c, squares);
+    }
+    for (; c < width; c++)
         for (int row = 0; row < rows; row++) {
             const double d = x[row * stride + c] - first[c];
-            deviations += d;
-            squares = FN(wide_mad)(d, d, squares);
+            off[c] += d;
+            square[c] = FN(wide_mad)(d, d, square[c]);
         }
-        off[c] += deviations;
-        square[c] += squares;
-    }
 }
 
 /* The same for dy, where y is NULL or positive, and for its products with x - mean. */
@@ -39,16 +54,26 @@ static inline void FN(add_product_rows)(const REAL *dy, const REAL *x, const REA
                                         bn_index width, bn_index stride, const double *mean,
                                         double *sum_dy, double *sum_dy_x, const int rows)
 {
-    BN_SIMD for (bn_index c = 0; c < width; c++) {
-        double sum = 0, products = 0;
+    bn_index c = 0;
+    for (; c + FN(WIDTH) <= width; c += FN(WIDTH)) {
+        const FN(wide) from = FN(load_wide)(mean + c);
+        FN(wide) sum = {0}, products = {0};
+        _Pragma("GCC unroll 8") for (int row = 0; row < rows; row++)
+        {
+            const bn_index at = row * stride + c;
+            const FN(wide) g = y ? FN(load_masked)(dy + at, y + at) : FN(load)(dy + at);
+            sum += g;
+            products = FN(vector_mad)(g, FN(load)(x + at) - from, products);
+        }
+        FN(add_vector)(sum_dy + c, sum);
+        FN(add_vector)(sum_dy_x + c, products);
+    }
+    for (; c < width; c++)
         for (int row = 0; row < rows; row++) {
             const double g = FN(masked)(dy, y, row * stride + c);
-            sum += g;
-            products = FN(wide_mad)(g, x[row * stride + c] - mean[c], products);
+            sum_dy[c] += g;
+            sum_dy_x[c] = FN(wide_mad)(g, x[row * stride + c] - mean[c], sum_dy_x[c]);
         }
-        sum_dy[c] += sum;
-        sum_dy_x[c] += products;
-    }
 }
 
 /* Moments of a block of up to BN_COLUMNS columns. The first mean is that of the block, or, for

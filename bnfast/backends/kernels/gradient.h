@@ -51,21 +51,25 @@ static int FN(pack_gradient)(const bn_gradient *gradient, bn_index count, bn_ind
 static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
                                     bn_index n, REAL head, REAL g_scale, REAL x_scale, REAL shift)
 {
-    REAL last_g[BN_LANES];
-    const int overlaps = n > BN_LANES && n % BN_LANES;
-    const bn_index end = overlaps ? n - n % BN_LANES : n, last = n - BN_LANES;
-    if (overlaps)
-        BN_SIMD for (int k = 0; k < BN_LANES; k++)
-            last_g[k] = FN(masked)(dy, y, last + k);
+    const bn_index last = n - BN_LANES;
+    REAL end[BN_LANES];
+    if (n < BN_LANES) {
+        for (bn_index i = 0; i < n; i++)
+            dx[i] = FN(gradient)(FN(masked)(dy, y, i), x[i], head, g_scale, x_scale, shift);
+        return;
+    }
+    BN_SIMD for (int k = 0; k < BN_LANES; k++)
+        end[k] = FN(gradient)(FN(masked)(dy, y, last + k), x[last + k], head, g_scale, x_scale,
+                              shift);
     if (x_scale == 0)
-        BN_SIMD for (bn_index i = 0; i < end; i++)
+        BN_SIMD for (bn_index i = 0; i < last; i++)
             dx[i] = FN(mad)(FN(masked)(dy, y, i), g_scale, shift);
     else
-        BN_SIMD for (bn_index i = 0; i < end; i++)
-            dx[i] = FN(mad)(FN(masked)(dy, y, i), g_scale, FN(mad)(x[i] - head, x_scale, shift));
-    if (overlaps)
-        BN_SIMD for (int k = 0; k < BN_LANES; k++)
-            dx[last + k] = FN(gradient)(last_g[k], x[last + k], head, g_scale, x_scale, shift);
+        for (bn_index i = 0; i < last; i += BN_LANES)
+            BN_SIMD for (bn_index k = i; k < i + BN_LANES; k++)
+                dx[k] = FN(mad)(FN(masked)(dy, y, k), g_scale,
+                                FN(mad)(x[k] - head, x_scale, shift));
+    memcpy(dx + last, end, sizeof end);
 }
 
 /* A part of a row of channels. */

@@ -7,29 +7,62 @@
 
 #if defined(__AVX512F__)
 #define BN_VECTOR 64
+#define BN_STEPS 2
 #elif defined(__AVX__)
 #define BN_VECTOR 32
+#define BN_STEPS 1
 #else
 #define BN_VECTOR 16
+#define BN_STEPS 1
 #endif
 
-enum { FN(WIDTH) = BN_VECTOR / 8, FN(VECTORS) = BN_LANES * 8 / BN_VECTOR };
+/* Elements of a vector, vectors of 16 lanes, and vectors whose elements fill a cache line of x. */
+enum {
+    FN(WIDTH) = BN_VECTOR / 8,
+    FN(VECTORS) = BN_LANES / FN(WIDTH),
+    FN(PER_LINE) = 64 / sizeof(REAL) / FN(WIDTH)
+};
 
 typedef double FN(wide) __attribute__((vector_size(BN_VECTOR)));
 typedef REAL FN(narrow) __attribute__((vector_size(BN_VECTOR / 8 * sizeof(REAL))));
 
 typedef struct {
-    FN(wide) part[FN(VECTORS)];
+    FN(wide) part[BN_STEPS * FN(VECTORS)];
 } FN(lanes);
 
-/* Vector k of the lanes: a loop that the compiler must unroll, so that they stay in registers. */
-#define BN_EACH(k) _Pragma("GCC unroll 8") for (int k = 0; k < FN(VECTORS); k++)
+/* Vector k of `steps` steps: a loop that the compiler must unroll, so that the lanes stay in
+   registers. */
+#define BN_EACH(k, steps) _Pragma("GCC unroll 8") for (int k = 0; k < (steps) * FN(VECTORS); k++)
+
+/* Do `one(i, k)` for every vector k of the steps from element i on, of those in n elements. */
+#define BN_STEP_THROUGH(n, one)                                                                    \
+    do {                                                                                           \
+        bn_index i_ = 0;                                                                           \
+        for (; i_ + BN_STEPS * BN_LANES <= (n); i_ += BN_STEPS * BN_LANES)                         \
+            BN_EACH(k, BN_STEPS) one(i_, k);                                                       \
+        if (BN_STEPS > 1 && i_ + BN_LANES <= (n))                                                  \
+            BN_EACH(k, 1) one(i_, k);                                                              \
+    } while (0)
+
+/* Vectors of REAL in double; gcc 12 makes four instructions of a conversion that is one. */
+static inline FN(wide) FN(widened)(FN(narrow) some)
+{
+#if BN_IS_DOUBLE
+    return some;
+#elif defined(__AVX512F__)
+    return (FN(wide))_mm512_cvtps_pd((__m256)some);
+#elif defined(__AVX__)
+    return (FN(wide))_mm256_cvtps_pd((__m128)some);
+#else
+    return __builtin_convertvector(some, FN(wide));
+#endif
+}
 
 static inline FN(wide) FN(load)(const REAL *x)
 {
     FN(narrow) some;
     memcpy(&some, x, sizeof some);
-    return __builtin_convertvector(some, FN(wide));
+    return FN(widened)(some);
 }
 
 static inline FN(wide) FN(load_wide)(const double *x)
@@ -57,8 +90,10 @@ static inline FN(wide) FN(vector_mad)(FN(wide) a, FN(wide) b, FN(wide) c)
 
 static inline void FN(add_lanes)(double *sum, FN(lanes) lanes)
 {
-    BN_EACH(k) {
-        const FN(wide) total = FN(load_wide)(sum + k * FN(WIDTH)) + lanes.part[k];
+    BN_EACH(k, 1) {
+        FN(wide) total = FN(load_wide)(sum + k * FN(WIDTH)) + lanes.part[k];
+        if (BN_STEPS > 1)
+            total += lanes.part[(BN_STEPS - 1) * FN(VECTORS) + k];
         memcpy(sum + k * FN(WIDTH), &total, sizeof total);
     }
 }
@@ -70,7 +105,7 @@ static inline FN(wide) FN(load_masked)(const REAL *dy, const REAL *y)
     memcpy(&g, dy, sizeof g);
     memcpy(&output, y, sizeof output);
     const __typeof__(output > (FN(narrow)){0}) passes = output > (FN(narrow)){0};
-    return __builtin_convertvector((FN(narrow))((__typeof__(passes))g & passes), FN(wide));
+    return FN(widened)((FN(narrow))((__typeof__(passes))g & passes));
 }
 
 /* Part k of the last step of a run, which may overlap the one before: only its last `rest` lanes
@@ -80,4 +115,3 @@ static inline FN(wide) FN(fresh)(FN(wide) value, bn_index rest, int k)
     return value * FN(load_wide)(bn_keep + rest + k * FN(WIDTH));
 }
 
-#undef BN_VECTOR

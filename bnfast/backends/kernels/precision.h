@@ -45,6 +45,10 @@ static inline double FN(wide_mad)(double a, double b, double c)
 #undef REAL
 #undef FN
 #undef BN_IS_DOUBLE
+#undef BN_VECTOR
+#undef BN_STEPS
+#undef BN_EACH
+#undef BN_STEP_THROUGH
 
 #define REAL double
 #define FN(name) BN_JOIN(name, double, BN_TARGET)
@@ -64,5 +68,9 @@ static inline double FN(wide_mad)(double a, double b, double c)
 #undef REAL
 #undef FN
 #undef BN_IS_DOUBLE
+#undef BN_VECTOR
+#undef BN_STEPS
+#undef BN_EACH
+#undef BN_STEP_THROUGH
 
 #undef BN_MAD

@@ -33,7 +33,7 @@ static const REAL *FN(gather)(const REAL *x, bn_index runs, bn_index n, bn_index
 /* What is kept of each channel while a tile is read: what is subtracted from its elements, and two
    sums in lanes. */
 typedef struct {
-    double first, a[BN_LANES], b[BN_LANES];
+    _Alignas(64) double a[BN_LANES], b[BN_LANES], first;
 } FN(channel);
 
 /* The sum of n elements, 16 or more, in lanes. */
@@ -41,10 +41,11 @@ BN_NOINLINE static void FN(add)(const REAL *x, bn_index n, double *sum)
 {
     const bn_index rest = n % BN_LANES;
     FN(lanes) total = {0};
-    for (bn_index i = 0; i < n - rest; i += BN_LANES)
-        BN_EACH(k) total.part[k] += FN(load)(x + i + k * FN(WIDTH));
+#define BN_ONE(i, k) total.part[k] += FN(load)(x + (i) + (k) * FN(WIDTH))
+    BN_STEP_THROUGH(n, BN_ONE);
+#undef BN_ONE
     if (rest)
-        BN_EACH(k)
+        BN_EACH(k, 1)
             total.part[k] += FN(fresh)(FN(load)(x + n - BN_LANES + k * FN(WIDTH)), rest, k);
     FN(add_lanes)(sum, total);
 }
@@ -55,17 +56,19 @@ BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index n, bn_index ahea
     const bn_index rest = n % BN_LANES;
     const FN(wide) first = FN(spread)(to->first);
     FN(lanes) off = {0}, squares = {0};
-    for (bn_index i = 0; i < n - rest; i += BN_LANES) {
-        if (ahead)
-            BN_PREFETCH(x + i + ahead);
-        BN_EACH(k) {
-            const FN(wide) d = FN(load)(x + i + k * FN(WIDTH)) - first;
-            off.part[k] += d;
-            squares.part[k] = FN(vector_mad)(d, d, squares.part[k]);
-        }
-    }
+#define BN_ONE(i, k)                                                                               \
+    do {                                                                                           \
+        const REAL *const at = x + (i) + (k) * FN(WIDTH);                                          \
+        const FN(wide) d = FN(load)(at) - first;                                                   \
+        off.part[k] += d;                                                                          \
+        squares.part[k] = FN(vector_mad)(d, d, squares.part[k]);                                   \
+        if (ahead && (k) % FN(PER_LINE) == 0)                                                      \
+            BN_PREFETCH(at + ahead);                                                               \
+    } while (0)
+    BN_STEP_THROUGH(n, BN_ONE);
+#undef BN_ONE
     if (rest)
-        BN_EACH(k) {
+        BN_EACH(k, 1) {
             const FN(wide) d =
                 FN(fresh)(FN(load)(x + n - BN_LANES + k * FN(WIDTH)) - first, rest, k);
             off.part[k] += d;
@@ -82,20 +85,21 @@ static inline void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y
     const bn_index rest = n % BN_LANES;
     const FN(wide) first = FN(spread)(to->first);
     FN(lanes) g_sum = {0}, gx_sum = {0};
-    for (bn_index i = 0; i < n - rest; i += BN_LANES) {
-        if (ahead) {
-            BN_PREFETCH(dy + i + ahead);
-            BN_PREFETCH(x + i + ahead);
-        }
-        BN_EACH(k) {
-            const bn_index at = i + k * FN(WIDTH);
-            const FN(wide) g = y ? FN(load_masked)(dy + at, y + at) : FN(load)(dy + at);
-            g_sum.part[k] += g;
-            gx_sum.part[k] = FN(vector_mad)(g, FN(load)(x + at) - first, gx_sum.part[k]);
-        }
-    }
+#define BN_ONE(i, k)                                                                               \
+    do {                                                                                           \
+        const bn_index at = (i) + (k) * FN(WIDTH);                                                 \
+        const FN(wide) g = y ? FN(load_masked)(dy + at, y + at) : FN(load)(dy + at);               \
+        g_sum.part[k] += g;                                                                        \
+        gx_sum.part[k] = FN(vector_mad)(g, FN(load)(x + at) - first, gx_sum.part[k]);              \
+        if (ahead && (k) % FN(PER_LINE) == 0) {                                                    \
+            BN_PREFETCH(dy + at + ahead);                                                          \
+            BN_PREFETCH(x + at + ahead);                                                           \
+        }                                                                                          \
+    } while (0)
+    BN_STEP_THROUGH(n, BN_ONE);
+#undef BN_ONE
     if (rest)
-        BN_EACH(k) {
+        BN_EACH(k, 1) {
             const bn_index at = n - BN_LANES + k * FN(WIDTH);
             const FN(wide) g =
                 FN(fresh)(y ? FN(load_masked)(dy + at, y + at) : FN(load)(dy + at), rest, k);
