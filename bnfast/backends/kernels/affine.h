@@ -45,69 +45,59 @@ static int FN(pack_affine)(const bn_affine *affine, bn_index count, bn_index wid
     return fits;
 }
 
-/* One channel, for constant `add` and `relu`. The end of a run that is no multiple of the lanes is
-   done as one step of 16 that overlaps the last full one; it is computed first and stored last,
-   since y may be x or residual. */
+/* SIZE elements from x on. */
+static inline FN(vector) FN(affine_each)(const REAL *x, const REAL *residual, FN(vector) head,
+                                         FN(vector) scale, FN(vector) shift, const int add,
+                                         const int relu)
+{
+    FN(vector) sum = FN(mad_each)(FN(get)(x) - head, scale, shift);
+    if (add)
+        sum += FN(get)(residual);
+    return relu ? FN(where)(~(sum < 0), sum) : sum;
+}
+
+/* One channel, or (step 1) a part of a row of channels, for constant `add` and `relu`. The end of a
+   run that is no multiple of the vectors is done as one that overlaps the last full one; it is
+   computed first and stored last, since y may be x or residual. */
 static inline void FN(affine_run_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
-                                     REAL head, REAL scale, REAL shift, const int add,
+                                     const REAL *heads, const REAL *scales, const REAL *shifts,
+                                     FN(pending) *pending, const int step, const int add,
                                      const int relu)
 {
-    const bn_index last = n - BN_LANES;
-    REAL end[BN_LANES];
-    if (n < BN_LANES) {
+    const FN(vector) head = FN(all)(*heads), scale = FN(all)(*scales), shift = FN(all)(*shifts);
+#define BN_MAKE(i)                                                                                 \
+    FN(affine_each)(x + (i), add ? residual + (i) : NULL, step ? FN(get)(heads + (i)) : head,      \
+                    step ? FN(get)(scales + (i)) : scale, step ? FN(get)(shifts + (i)) : shift,    \
+                    add, relu)
+    if (pending) {
+        BN_SEND(pending, y, n, BN_MAKE);
+    } else if (n < FN(SIZE)) {
         for (bn_index i = 0; i < n; i++)
-            y[i] = FN(affine)(x[i], add ? residual[i] : 0, head, scale, shift, add, relu);
-        return;
+            y[i] = FN(affine)(x[i], add ? residual[i] : 0, heads[step * i], scales[step * i],
+                              shifts[step * i], add, relu);
+    } else {
+        const bn_index last = n - FN(SIZE);
+        const FN(vector) end = BN_MAKE(last);
+        for (bn_index i = 0; i < last; i += FN(SIZE))
+            FN(put)(y + i, BN_MAKE(i));
+        FN(put)(y + last, end);
     }
-    BN_SIMD for (int k = 0; k < BN_LANES; k++)
-        end[k] = FN(affine)(x[last + k], add ? residual[last + k] : 0, head, scale, shift, add,
-                            relu);
-    for (bn_index i = 0; i < last; i += BN_LANES)
-        BN_SIMD for (bn_index k = i; k < i + BN_LANES; k++)
-            y[k] = FN(affine)(x[k], add ? residual[k] : 0, head, scale, shift, add, relu);
-    memcpy(y + last, end, sizeof end);
-}
-
-static inline void FN(affine_run)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
-                                  REAL head, REAL scale, REAL shift, int relu)
-{
-    if (residual && relu)
-        FN(affine_run_as)(x, residual, y, n, head, scale, shift, 1, 1);
-    else if (residual)
-        FN(affine_run_as)(x, residual, y, n, head, scale, shift, 1, 0);
-    else if (relu)
-        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, 0, 1);
-    else
-        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, 0, 0);
-}
-
-/* The same past the cache, for n results, a line or more. `step` is 0 where they share a channel, 1
-   where each has its own. */
-static inline void FN(affine_send_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
-                                      const REAL *head, const REAL *scale, const REAL *shift,
-                                      FN(pending) *pending, const int step, const int add,
-                                      const int relu)
-{
-#define BN_MAKE(i, to)                                                                             \
-    BN_SIMD for (bn_index k = 0; k < FN(LINE); k++)(to)[k] =                                       \
-        FN(affine)(x[(i) + k], add ? residual[(i) + k] : 0, head[step * ((i) + k)],                \
-                   scale[step * ((i) + k)], shift[step * ((i) + k)], add, relu)
-    BN_SEND(pending, y, n, BN_MAKE);
 #undef BN_MAKE
 }
 
-static inline void FN(affine_send)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
-                                   const REAL *head, const REAL *scale, const REAL *shift,
-                                   FN(pending) *pending, const int step, int relu)
+/* The same; past the cache, for a line or more, where something is or may be pending. */
+static inline void FN(affine_run)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                  const REAL *head, const REAL *scale, const REAL *shift,
+                                  FN(pending) *pending, const int step, int relu)
 {
     if (residual && relu)
-        FN(affine_send_as)(x, residual, y, n, head, scale, shift, pending, step, 1, 1);
+        FN(affine_run_as)(x, residual, y, n, head, scale, shift, pending, step, 1, 1);
     else if (residual)
-        FN(affine_send_as)(x, residual, y, n, head, scale, shift, pending, step, 1, 0);
+        FN(affine_run_as)(x, residual, y, n, head, scale, shift, pending, step, 1, 0);
     else if (relu)
-        FN(affine_send_as)(x, NULL, y, n, head, scale, shift, pending, step, 0, 1);
+        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, pending, step, 0, 1);
     else
-        FN(affine_send_as)(x, NULL, y, n, head, scale, shift, pending, step, 0, 0);
+        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, pending, step, 0, 0);
 }
 
 /* Adjacent runs of `length` elements, the first of them of channel c, round and round. */
@@ -118,16 +108,14 @@ static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, c
     const REAL *head = (const REAL *)of.packed, *scale = head + of.width;
     const REAL *shift = scale + of.width;
     REAL *y = (REAL *)y_bytes;
-    FN(pending) pending = {.fill = 0};
+    FN(pending) pending = {.fill = 0}, *const stream =
+        of.stream && length >= FN(LINE) ? &pending : NULL;
     for (bn_index at = 0; at < elements; at += length) {
         const REAL *r = residual ? residual + at : NULL;
-        const int fits = of.fits || FN(affine_fits)(of.affine[c]);
-        if (of.stream && fits && length >= FN(LINE))
-            FN(affine_send)(x + at, r, y + at, length, head + c, scale + c, shift + c, &pending, 0,
-                            of.relu);
-        else if (fits)
-            FN(affine_run)(x + at, r, y + at, length, head[c], scale[c], shift[c], of.relu);
-        else {
+        if (of.fits || FN(affine_fits)(of.affine[c])) {
+            FN(affine_run)(x + at, r, y + at, length, head + c, scale + c, shift + c, stream, 0,
+                           of.relu);
+        } else {
             FN(end)(&pending, y + at);
             for (bn_index i = at; i < at + length; i++)
                 y[i] = FN(affine_wide)(x[i], residual ? residual + i : NULL, of.affine[c], of.relu);
@@ -137,35 +125,38 @@ static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, c
     FN(end)(&pending, y + elements);
 }
 
-/* `rows` rows at once, so that the channel vectors are loaded once for all of them: in the cache,
-   four take three quarters of the time of four times one. */
-static inline void FN(affine_rows_as)(const REAL *x, const REAL *residual, REAL *y, bn_index width,
-                                      bn_index n, const REAL *head, const REAL *scale,
-                                      const REAL *shift, const int rows, const int add,
-                                      const int relu)
+/* Rows of n channels, for constant `rows`, `add` and `relu`: the channel vectors are loaded once for
+   all of them; in the cache, four rows take three quarters of the time of four times one. */
+static inline void FN(affine_rows_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                      const REAL *head, const REAL *scale, const REAL *shift,
+                                      const int rows, const int add, const int relu)
 {
-    BN_SIMD for (bn_index c = 0; c < n; c++) {
-        const REAL h = head[c], s = scale[c], t = shift[c];
-        for (int row = 0; row < rows; row++) {
-            const bn_index i = row * width + c;
-            y[i] = FN(affine)(x[i], add ? residual[i] : 0, h, s, t, add, relu);
+    bn_index c = 0;
+    for (; c + FN(SIZE) <= n; c += FN(SIZE)) {
+        const FN(vector) h = FN(get)(head + c), s = FN(get)(scale + c), t = FN(get)(shift + c);
+        _Pragma("GCC unroll 4") for (int row = 0; row < rows; row++)
+        {
+            const bn_index i = row * n + c;
+            FN(put)(y + i, FN(affine_each)(x + i, add ? residual + i : NULL, h, s, t, add, relu));
         }
     }
+    for (; c < n; c++)
+        for (bn_index i = c; i < rows * n; i += n)
+            y[i] = FN(affine)(x[i], add ? residual[i] : 0, head[c], scale[c], shift[c], add, relu);
 }
 
-/* Four rows, or (with `n` columns) a part of one. */
-static inline void FN(affine_rows)(const REAL *x, const REAL *residual, REAL *y, bn_index width,
-                                   bn_index n, const REAL *head, const REAL *scale,
-                                   const REAL *shift, const int rows, int relu)
+static inline void FN(affine_rows)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                   const REAL *head, const REAL *scale, const REAL *shift,
+                                   const int rows, int relu)
 {
     if (residual && relu)
-        FN(affine_rows_as)(x, residual, y, width, n, head, scale, shift, rows, 1, 1);
+        FN(affine_rows_as)(x, residual, y, n, head, scale, shift, rows, 1, 1);
     else if (residual)
-        FN(affine_rows_as)(x, residual, y, width, n, head, scale, shift, rows, 1, 0);
+        FN(affine_rows_as)(x, residual, y, n, head, scale, shift, rows, 1, 0);
     else if (relu)
-        FN(affine_rows_as)(x, NULL, y, width, n, head, scale, shift, rows, 0, 1);
+        FN(affine_rows_as)(x, NULL, y, n, head, scale, shift, rows, 0, 1);
     else
-        FN(affine_rows_as)(x, NULL, y, width, n, head, scale, shift, rows, 0, 0);
+        FN(affine_rows_as)(x, NULL, y, n, head, scale, shift, rows, 0, 0);
 }
 
 /* A part of a row where some channels do not fit: these take the double path alone, so that no
@@ -177,7 +168,7 @@ static inline void FN(affine_mixed)(const REAL *x, const REAL *residual, REAL *y
     for (bn_index c = 0; c < n; c++) {
         const REAL *r = residual ? residual + c : NULL;
         if (FN(affine_fits)(affine[c]))
-            FN(affine_run)(x + c, r, y + c, 1, head[c], scale[c], shift[c], relu);
+            FN(affine_run)(x + c, r, y + c, 1, head + c, scale + c, shift + c, NULL, 0, relu);
         else
             y[c] = FN(affine_wide)(x[c], r, affine[c], relu);
     }
@@ -188,24 +179,27 @@ static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes
                                  bn_index elements, bn_affines of)
 {
     const REAL *x = (const REAL *)x_bytes, *residual = (const REAL *)residual_bytes;
-    const bn_index width = of.width;
-    const REAL *head = (const REAL *)of.packed, *scale = head + width, *shift = scale + width;
+    const REAL *head = (const REAL *)of.packed, *scale = head + of.width;
+    const REAL *shift = scale + of.width;
     REAL *y = (REAL *)y_bytes;
-    FN(pending) pending = {.fill = 0};
-    bn_index at = 0;
-    for (; of.stream && of.fits && at + width <= elements && width >= FN(LINE); at += width)
-        FN(affine_send)(x + at, residual ? residual + at : NULL, y + at, width, head, scale, shift,
-                        &pending, 1, of.relu);
-    FN(end)(&pending, y + at);
-    for (; of.fits && at + 4 * width <= elements; at += 4 * width)
-        FN(affine_rows)(x + at, residual ? residual + at : NULL, y + at, width, width, head, scale,
-                        shift, 4, of.relu);
-    for (; at < elements; at += width) {
-        const bn_index n = bn_min(width, elements - at);
+    FN(pending) pending = {.fill = 0}, *const stream =
+        of.stream && of.width >= FN(LINE) ? &pending : NULL;
+    for (bn_index at = 0, n; at < elements; at += n) {
         const REAL *r = residual ? residual + at : NULL;
-        if (of.fits)
-            FN(affine_rows)(x + at, r, y + at, width, n, head, scale, shift, 1, of.relu);
-        else
+        n = bn_min(of.width, elements - at);
+        if (of.fits && stream && n == of.width) {
+            FN(affine_run)(x + at, r, y + at, n, head, scale, shift, stream, 1, of.relu);
+            continue;
+        }
+        FN(end)(&pending, y + at);
+        if (!of.fits) {
             FN(affine_mixed)(x + at, r, y + at, n, head, scale, shift, of.affine, of.relu);
+        } else if (at + 4 * n > elements) {
+            FN(affine_rows)(x + at, r, y + at, n, head, scale, shift, 1, of.relu);
+        } else {
+            FN(affine_rows)(x + at, r, y + at, n, head, scale, shift, 4, of.relu);
+            n *= 4;
+        }
     }
+    FN(end)(&pending, y + elements);
 }

@@ -36,7 +36,7 @@ static inline void FN(add_rows)(const REAL *x, bn_index width, bn_index stride, 
         {
             const FN(wide) d = FN(load)(x + row * stride + c) - from;
             deviations += d;
-            squares = FN(vector_mad)(d, d, squares);
+            squares = FN(wide_mad_each)(d, d, squares);
         }
         FN(add_vector)(off + c, deviations);
         FN(add_vector)(square + c, squares);
@@ -63,7 +63,7 @@ static inline void FN(add_product_rows)(const REAL *dy, const REAL *x, const REA
             const bn_index at = row * stride + c;
             const FN(wide) g = y ? FN(load_masked)(dy + at, y + at) : FN(load)(dy + at);
             sum += g;
-            products = FN(vector_mad)(g, FN(load)(x + at) - from, products);
+            products = FN(wide_mad_each)(g, FN(load)(x + at) - from, products);
         }
         FN(add_vector)(sum_dy + c, sum);
         FN(add_vector)(sum_dy_x + c, products);

@@ -2,7 +2,7 @@
 
    dispatch.h    this file: instruction sets, the table of function pointers, the choice
    precision.h   included once per instruction set: the files below for float and for double
-   lanes.h       sixteen sums beside each other
+   vectors.h     vectors of elements and of sums
    stream.h      stores past the cache
    affine.h      the result of the forward pass
    gradient.h    the result of the backward pass

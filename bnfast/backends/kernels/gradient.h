@@ -1,12 +1,15 @@
 /* dx = g * g_scale + ((x - mean) * x_scale + shift), and dresidual = g: dy where y is absent or
    positive, else 0. Stretches as in affine.h.  Needs REAL, FN, BN_IS_DOUBLE, affine.h. */
 
-/* dy is read in any case: a load that hangs on y would keep the loop from being vectorised. Where
-   y is NULL it is a constant of the loop this stands in. */
 static inline REAL FN(masked)(const REAL *dy, const REAL *y, bn_index i)
 {
-    const REAL g = dy[i];
-    return !y || y[i] > 0 ? g : 0;
+    return !y || y[i] > 0 ? dy[i] : 0;
+}
+
+static inline FN(vector) FN(masked_each)(const REAL *dy, const REAL *y, bn_index i)
+{
+    const FN(vector) g = FN(get)(dy + i);
+    return y ? FN(where)(FN(get)(y + i) > 0, g) : g;
 }
 
 /* Where x_scale is 0, as in eval mode, x does not matter, whatever it holds. */
@@ -47,38 +50,62 @@ static int FN(pack_gradient)(const bn_gradient *gradient, bn_index count, bn_ind
     return fits;
 }
 
-/* One channel, its end as in affine_run_as: dx may be dy. */
-static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
-                                    bn_index n, REAL head, REAL g_scale, REAL x_scale, REAL shift)
+/* SIZE elements from i on, whose `spread` is that of x. */
+static inline FN(vector) FN(gradient_each)(const REAL *dy, const REAL *x, const REAL *y, bn_index i,
+                                           FN(vector) head, FN(vector) g_scale,
+                                           FN(vector) x_scale, FN(vector) shift)
 {
-    const bn_index last = n - BN_LANES;
-    REAL end[BN_LANES];
-    if (n < BN_LANES) {
-        for (bn_index i = 0; i < n; i++)
-            dx[i] = FN(gradient)(FN(masked)(dy, y, i), x[i], head, g_scale, x_scale, shift);
-        return;
-    }
-    BN_SIMD for (int k = 0; k < BN_LANES; k++)
-        end[k] = FN(gradient)(FN(masked)(dy, y, last + k), x[last + k], head, g_scale, x_scale,
-                              shift);
-    if (x_scale == 0)
-        BN_SIMD for (bn_index i = 0; i < last; i++)
-            dx[i] = FN(mad)(FN(masked)(dy, y, i), g_scale, shift);
-    else
-        for (bn_index i = 0; i < last; i += BN_LANES)
-            BN_SIMD for (bn_index k = i; k < i + BN_LANES; k++)
-                dx[k] = FN(mad)(FN(masked)(dy, y, k), g_scale,
-                                FN(mad)(x[k] - head, x_scale, shift));
-    memcpy(dx + last, end, sizeof end);
+    const FN(vector) spread = FN(mad_each)(FN(get)(x + i) - head, x_scale, shift);
+    const FN(mask) none = x_scale == 0;
+    const FN(vector) rest = FN(where)(none, shift), sum = FN(where)(~none, spread);
+    return FN(mad_each)(FN(masked_each)(dy, y, i), g_scale, (FN(vector))((FN(mask))rest | (FN(mask))sum));
 }
 
-/* A part of a row of channels. */
-static inline void FN(gradient_row)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
-                                    bn_index n, const REAL *head, const REAL *g_scale,
-                                    const REAL *x_scale, const REAL *shift)
+/* As affine_run_as: dx may be dy. */
+static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+                                    bn_index n, const REAL *heads, const REAL *g_scales,
+                                    const REAL *x_scales, const REAL *shifts,
+                                    FN(pending) *pending, const int step)
 {
-    BN_SIMD for (bn_index c = 0; c < n; c++)
-        dx[c] = FN(gradient)(FN(masked)(dy, y, c), x[c], head[c], g_scale[c], x_scale[c], shift[c]);
+    const FN(vector) head = FN(all)(*heads), g_scale = FN(all)(*g_scales);
+    const FN(vector) x_scale = FN(all)(*x_scales), shift = FN(all)(*shifts);
+#define BN_MAKE(i)                                                                                 \
+    FN(gradient_each)(dy, x, y, i, step ? FN(get)(heads + (i)) : head,                             \
+                      step ? FN(get)(g_scales + (i)) : g_scale,                                    \
+                      step ? FN(get)(x_scales + (i)) : x_scale,                                    \
+                      step ? FN(get)(shifts + (i)) : shift)
+    if (pending) {
+        BN_SEND(pending, dx, n, BN_MAKE);
+    } else if (n < FN(SIZE)) {
+        for (bn_index i = 0; i < n; i++)
+            dx[i] = FN(gradient)(FN(masked)(dy, y, i), x[i], heads[step * i], g_scales[step * i],
+                                 x_scales[step * i], shifts[step * i]);
+    } else {
+        const bn_index last = n - FN(SIZE);
+        const FN(vector) end = BN_MAKE(last);
+        for (bn_index i = 0; i < last; i += FN(SIZE))
+            FN(put)(dx + i, BN_MAKE(i));
+        FN(put)(dx + last, end);
+    }
+#undef BN_MAKE
+}
+
+/* As affine_rows_as. */
+static inline void FN(gradient_rows)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+                                     bn_index n, const REAL *head, const REAL *g_scale,
+                                     const REAL *x_scale, const REAL *shift, const int rows)
+{
+    bn_index c = 0;
+    for (; c + FN(SIZE) <= n; c += FN(SIZE)) {
+        const FN(vector) h = FN(get)(head + c), g = FN(get)(g_scale + c);
+        const FN(vector) s = FN(get)(x_scale + c), t = FN(get)(shift + c);
+        _Pragma("GCC unroll 4") for (int row = 0; row < rows; row++)
+            FN(put)(dx + row * n + c, FN(gradient_each)(dy, x, y, row * n + c, h, g, s, t));
+    }
+    for (; c < n; c++)
+        for (bn_index i = c; i < rows * n; i += n)
+            dx[i] = FN(gradient)(FN(masked)(dy, y, i), x[i], head[c], g_scale[c], x_scale[c],
+                                 shift[c]);
 }
 
 /* A part of a row of channels some of which do not fit. */
@@ -95,35 +122,19 @@ static inline void FN(gradient_mixed)(const REAL *dy, const REAL *x, const REAL 
     }
 }
 
-/* gradient_run (step 0) and gradient_row (step 1) past the cache, for a line or more. */
-static inline void FN(gradient_send)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
-                                     bn_index n, const REAL *head, const REAL *g_scale,
-                                     const REAL *x_scale, const REAL *shift, FN(pending) *pending,
-                                     const int step)
-{
-#define BN_MAKE(i, to)                                                                             \
-    BN_SIMD for (bn_index k = 0; k < FN(LINE); k++)(to)[k] =                                       \
-        FN(gradient)(FN(masked)(dy, y, (i) + k), x[(i) + k], head[step * ((i) + k)],               \
-                     g_scale[step * ((i) + k)], x_scale[step * ((i) + k)], shift[step * ((i) + k)])
-    BN_SEND(pending, dx, n, BN_MAKE);
-#undef BN_MAKE
-}
-
 /* dresidual of a stretch. It is written before dx, which may be dy. */
 static inline void FN(pass_on)(const REAL *dy, const REAL *y, REAL *dresidual, bn_index n,
                                int stream)
 {
     FN(pending) pending = {.fill = 0};
-#define BN_MAKE(i, to)                                                                             \
-    BN_SIMD for (bn_index k = 0; k < FN(LINE); k++)(to)[k] = FN(masked)(dy, y, (i) + k)
-    if (stream && n >= FN(LINE)) {
+#define BN_MAKE(i) FN(masked_each)(dy, y, i)
+    if (stream && n >= FN(LINE))
         BN_SEND(&pending, dresidual, n, BN_MAKE);
-        FN(end)(&pending, dresidual + n);
-        return;
-    }
+    else
+        for (bn_index i = 0; i < n; i++)
+            dresidual[i] = FN(masked)(dy, y, i);
 #undef BN_MAKE
-    BN_SIMD for (bn_index i = 0; i < n; i++)
-        dresidual[i] = FN(masked)(dy, y, i);
+    FN(end)(&pending, dresidual + n);
 }
 
 /* Adjacent runs of `length` elements, the first of them of channel c, round and round. */
@@ -133,19 +144,16 @@ static inline void FN(row_gradient_as)(const REAL *dy, const REAL *x, const REAL
 {
     const REAL *head = (const REAL *)of.packed, *g_scale = head + of.width;
     const REAL *x_scale = g_scale + of.width, *shift = x_scale + of.width;
-    FN(pending) pending = {.fill = 0};
+    FN(pending) pending = {.fill = 0}, *const stream =
+        of.stream && length >= FN(LINE) ? &pending : NULL;
     for (bn_index at = 0; at < elements; at += length) {
         const REAL *mask = y ? y + at : NULL;
-        const int fits = of.fits || FN(gradient_fits)(of.gradient[c]);
         if (dresidual)
             FN(pass_on)(dy + at, mask, dresidual + at, length, of.stream);
-        if (of.stream && fits && length >= FN(LINE))
-            FN(gradient_send)(dy + at, x + at, mask, dx + at, length, head + c, g_scale + c,
-                              x_scale + c, shift + c, &pending, 0);
-        else if (fits)
-            FN(gradient_run)(dy + at, x + at, mask, dx + at, length, head[c], g_scale[c],
-                             x_scale[c], shift[c]);
-        else {
+        if (of.fits || FN(gradient_fits)(of.gradient[c])) {
+            FN(gradient_run)(dy + at, x + at, mask, dx + at, length, head + c, g_scale + c,
+                             x_scale + c, shift + c, stream, 0);
+        } else {
             FN(end)(&pending, dx + at);
             for (bn_index i = at; i < at + length; i++)
                 dx[i] = FN(gradient_wide)(FN(masked)(dy, y, i), x[i], of.gradient[c]);
@@ -171,24 +179,31 @@ static void FN(row_gradient)(const char *dy, const char *x, const char *y, char 
 static inline void FN(column_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
                                           REAL *dresidual, bn_index elements, bn_gradients of)
 {
-    const bn_index width = of.width;
-    const REAL *head = (const REAL *)of.packed, *g_scale = head + width;
-    const REAL *x_scale = g_scale + width, *shift = x_scale + width;
-    FN(pending) pending = {.fill = 0};
-    for (bn_index at = 0; at < elements; at += width) {
-        const bn_index n = bn_min(width, elements - at);
+    const REAL *head = (const REAL *)of.packed, *g_scale = head + of.width;
+    const REAL *x_scale = g_scale + of.width, *shift = x_scale + of.width;
+    FN(pending) pending = {.fill = 0}, *const stream =
+        of.stream && of.width >= FN(LINE) ? &pending : NULL;
+    for (bn_index at = 0, n; at < elements; at += n) {
         const REAL *mask = y ? y + at : NULL;
+        n = bn_min(of.width, elements - at);
+        if (of.fits && !stream && at + 4 * n <= elements)
+            n *= 4;
         if (dresidual)
             FN(pass_on)(dy + at, mask, dresidual + at, n, of.stream);
-        if (of.stream && of.fits && n >= FN(LINE))
-            FN(gradient_send)(dy + at, x + at, mask, dx + at, n, head, g_scale, x_scale, shift,
-                              &pending, 1);
-        else if (of.fits) {
-            FN(end)(&pending, dx + at);
-            FN(gradient_row)(dy + at, x + at, mask, dx + at, n, head, g_scale, x_scale, shift);
-        } else
+        if (of.fits && stream && n == of.width) {
+            FN(gradient_run)(dy + at, x + at, mask, dx + at, n, head, g_scale, x_scale, shift,
+                             stream, 1);
+            continue;
+        }
+        FN(end)(&pending, dx + at);
+        if (!of.fits)
             FN(gradient_mixed)(dy + at, x + at, mask, dx + at, n, head, g_scale, x_scale, shift,
                                of.gradient);
+        else if (n <= of.width)
+            FN(gradient_rows)(dy + at, x + at, mask, dx + at, n, head, g_scale, x_scale, shift, 1);
+        else
+            FN(gradient_rows)(dy + at, x + at, mask, dx + at, n / 4, head, g_scale, x_scale, shift,
+                              4);
     }
     FN(end)(&pending, dx + elements);
 }

@@ -10,7 +10,7 @@
    its channel: float32 data at a large mean has few distinct deviations, whose squares round the
    same way each time, and an error that grows with the length of a chain must not find a long one.
    What is left at the end of a run is a step of 16 that overlaps the one before. Runs below 16
-   elements are gathered into one.  Needs REAL, FN, BN_IS_DOUBLE, lanes.h. */
+   elements are gathered into one.  Needs REAL, FN, BN_IS_DOUBLE, vectors.h. */
 
 static inline bn_index FN(piece)(bn_index left) { return left < 2 * BN_CHAIN ? left : BN_CHAIN; }
 
@@ -61,7 +61,7 @@ BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index n, bn_index ahea
         const REAL *const at = x + (i) + (k) * FN(WIDTH);                                          \
         const FN(wide) d = FN(load)(at) - first;                                                   \
         off.part[k] += d;                                                                          \
-        squares.part[k] = FN(vector_mad)(d, d, squares.part[k]);                                   \
+        squares.part[k] = FN(wide_mad_each)(d, d, squares.part[k]);                                   \
         if (ahead && (k) % FN(PER_LINE) == 0)                                                      \
             BN_PREFETCH(at + ahead);                                                               \
     } while (0)
@@ -72,7 +72,7 @@ BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index n, bn_index ahea
             const FN(wide) d =
                 FN(fresh)(FN(load)(x + n - BN_LANES + k * FN(WIDTH)) - first, rest, k);
             off.part[k] += d;
-            squares.part[k] = FN(vector_mad)(d, d, squares.part[k]);
+            squares.part[k] = FN(wide_mad_each)(d, d, squares.part[k]);
         }
     FN(add_lanes)(to->a, off);
     FN(add_lanes)(to->b, squares);
@@ -90,7 +90,7 @@ static inline void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y
         const bn_index at = (i) + (k) * FN(WIDTH);                                                 \
         const FN(wide) g = y ? FN(load_masked)(dy + at, y + at) : FN(load)(dy + at);               \
         g_sum.part[k] += g;                                                                        \
-        gx_sum.part[k] = FN(vector_mad)(g, FN(load)(x + at) - first, gx_sum.part[k]);              \
+        gx_sum.part[k] = FN(wide_mad_each)(g, FN(load)(x + at) - first, gx_sum.part[k]);              \
         if (ahead && (k) % FN(PER_LINE) == 0) {                                                    \
             BN_PREFETCH(dy + at + ahead);                                                          \
             BN_PREFETCH(x + at + ahead);                                                           \
@@ -104,7 +104,7 @@ static inline void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y
             const FN(wide) g =
                 FN(fresh)(y ? FN(load_masked)(dy + at, y + at) : FN(load)(dy + at), rest, k);
             g_sum.part[k] += g;
-            gx_sum.part[k] = FN(vector_mad)(g, FN(load)(x + at) - first, gx_sum.part[k]);
+            gx_sum.part[k] = FN(wide_mad_each)(g, FN(load)(x + at) - first, gx_sum.part[k]);
         }
     FN(add_lanes)(to->a, g_sum);
     FN(add_lanes)(to->b, gx_sum);

@@ -3,32 +3,29 @@
    Only whole lines can go that way, and runs begin and end within lines. So a line that a run leaves
    unfinished waits for the next one, which begins where it ended: 7x7 planes are sent as whole lines
    too. Each line is made and sent at once; making many first was slower than ordinary stores, since
-   then nothing is read while lines are on their way out.  Needs REAL, FN. */
+   then nothing is read while lines are on their way out.  Needs REAL, FN, vectors.h. */
 
-enum { FN(LINE) = 64 / sizeof(REAL) };
-
-/* A line of which the results [from, fill) are there, with room for a vector around each of them.
+/* A line of which the results [from, fill) are there, with room for a line before and behind it.
    Nothing is there if fill is 0. */
 typedef struct {
     _Alignas(64) REAL room[3 * FN(LINE)];
     bn_index from, fill;
 } FN(pending);
 
-/* Send what is there; `y` is where the result after the last of them goes. */
+/* Store what is there; `y` is where the result behind the last of them goes. */
 static inline void FN(end)(FN(pending) *pending, REAL *y)
 {
+    const REAL *line = pending->room + FN(LINE);
     const bn_index from = pending->from, n = pending->fill - from;
-    if (pending->fill == 0)
-        return;
     if (n == FN(LINE))
-        BN_JOIN(stream, line, BN_TARGET)(y - n, pending->room + FN(LINE));
-    else
-        memcpy(y - n, pending->room + FN(LINE) + from, n * sizeof(REAL));
+        for (int k = 0; k < FN(LINE); k += FN(SIZE))
+            FN(send)(y - n + k, FN(get)(line + k));
+    else if (n)
+        memcpy(y - n, line + from, n * sizeof(REAL));
     pending->from = pending->fill = 0;
 }
 
-/* Send n adjacent results, a line or more, to y. make(i, to) makes a line of them, the i-th and
-   those after it. */
+/* Send n adjacent results, a line or more, to y; make(i) is a vector of them from the i-th on. */
 #define BN_SEND(pending, y, n, make)                                                               \
     do {                                                                                           \
         REAL *const line_ = (pending)->room + FN(LINE);                                            \
@@ -37,17 +34,16 @@ static inline void FN(end)(FN(pending) *pending, REAL *y)
         if (begun_) {                                                                              \
             if ((pending)->fill == 0)                                                              \
                 (pending)->from = begun_;                                                          \
-            make(0, line_ + begun_);                                                               \
+            for (; i_ < FN(LINE); i_ += FN(SIZE))                                                  \
+                FN(put)(line_ + begun_ + i_, make(i_));                                            \
             i_ = FN(LINE) - begun_;                                                                \
             (pending)->fill = FN(LINE);                                                            \
             FN(end)(pending, (y) + i_);                                                            \
         }                                                                                          \
-        for (; i_ + FN(LINE) <= (n); i_ += FN(LINE)) {                                             \
-            _Alignas(64) REAL made_[FN(LINE)];                                                     \
-            make(i_, made_);                                                                       \
-            BN_JOIN(stream, line, BN_TARGET)((y) + i_, made_);                                     \
-        }                                                                                          \
+        for (; i_ + FN(LINE) <= (n); i_ += FN(LINE))                                               \
+            for (int k_ = 0; k_ < FN(LINE); k_ += FN(SIZE))                                        \
+                FN(send)((y) + i_ + k_, make(i_ + k_));                                            \
         (pending)->fill = (n) - i_;                                                                \
-        if ((pending)->fill)                                                                       \
-            make((n) - FN(LINE), line_ + (pending)->fill - FN(LINE));                              \
+        for (int k_ = 0; (pending)->fill && k_ < FN(LINE); k_ += FN(SIZE))                         \
+            FN(put)(line_ + (pending)->fill - FN(LINE) + k_, make((n) - FN(LINE) + k_));           \
     } while (0)
