@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from backends_here import over_backends
+from lending import address
 
 import bnfast
 import bnfast.functional as F
@@ -23,10 +24,8 @@ over_layouts = pytest.mark.parametrize("lay", LAYOUTS.values(), ids=LAYOUTS)
 
 
 @pytest.fixture(autouse=True)
-def allocated(monkeypatch):
+def allocated(bound, monkeypatch):
     """Return the sizes of the blocks that had to be allocated, from an empty cache on."""
-    monkeypatch.delenv("BNFAST_CACHE_BYTES", raising=False)
-    memory._reset()
     sizes = []
     allocate = memory._allocate
 
@@ -35,12 +34,7 @@ def allocated(monkeypatch):
         return allocate(size)
 
     monkeypatch.setattr(memory, "_allocate", counted)
-    yield sizes
-    memory._reset()
-
-
-def address(array):
-    return array.__array_interface__["data"][0]
+    return sizes
 
 
 def check_ordinary(y, like):
