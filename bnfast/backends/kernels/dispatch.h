@@ -38,8 +38,11 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
 /* Elements that go through the lanes before these are emptied: 64 additions in a row each. */
 #define BN_CHAIN 1024
 
-/* Channels whose sums are taken side by side. */
+/* Channels whose sums are taken side by side, and runs of fewer than BN_SHORT elements that are
+   taken at once. */
 #define BN_GROUP 64
+#define BN_RUNS 4
+#define BN_SHORT 256
 
 #if defined(__GNUC__)
 #define BN_PREFETCH(address) __builtin_prefetch(address, 0, 2)

@@ -30,6 +30,7 @@ static inline double FN(wide_mad)(double a, double b, double c)
 #undef FN
 #undef BN_IS_DOUBLE
 #undef BN_VECTOR
+#undef BN_SMALL_VECTOR
 #undef BN_STEPS
 #undef BN_EACH
 #undef BN_STEP_THROUGH
@@ -53,6 +54,7 @@ static inline double FN(wide_mad)(double a, double b, double c)
 #undef FN
 #undef BN_IS_DOUBLE
 #undef BN_VECTOR
+#undef BN_SMALL_VECTOR
 #undef BN_STEPS
 #undef BN_EACH
 #undef BN_STEP_THROUGH
