@@ -106,7 +106,7 @@ static inline bn_index bn_part(bn_index elements)
 static inline bn_index bn_ahead(const bn_call *call, bn_index length, bn_index stride)
 {
     const bn_index bytes = call->outer * call->channels * call->inner * call->kernels->itemsize;
-    if (2 * bytes < bn_last_cache)
+    if (bytes < 4 * bn_core_cache)
         return 0;
     if (call->inner >= BN_TILE)
         return BN_AHEAD;

@@ -36,22 +36,22 @@ typedef struct {
     _Alignas(64) double a[BN_LANES], b[BN_LANES], first;
 } FN(channel);
 
-/* The sum of the n elements, 16 or more, of each of `runs` runs, in lanes. */
-BN_NOINLINE static void FN(add)(const REAL *x, bn_index runs, bn_index n, bn_index stride,
-                                double *sum)
+#if BN_IS_DOUBLE
+/* The sum of n elements, 16 or more, in lanes. */
+BN_NOINLINE static void FN(add)(const REAL *x, bn_index n, double *sum)
 {
     const bn_index rest = n % BN_LANES;
     FN(lanes) total = {0};
-    for (bn_index run = 0; run < runs; run++, x += stride) {
 #define BN_ONE(i, k) total.part[k] += FN(load)(x + (i) + (k) * FN(WIDTH))
-        BN_STEP_THROUGH(n, BN_ONE);
+    BN_STEP_THROUGH(n, BN_ONE);
 #undef BN_ONE
-        if (rest)
-            BN_EACH(k, 1)
-                total.part[k] += FN(fresh)(FN(load)(x + n - BN_LANES + k * FN(WIDTH)), rest, k);
-    }
+    if (rest)
+        BN_EACH(k, 1)
+            total.part[FN(REST) + k] +=
+                FN(fresh)(FN(load)(x + n - BN_LANES + k * FN(WIDTH)), rest, k);
     FN(add_lanes)(sum, total);
 }
+#endif
 
 /* The sums of the deviations from the channel's first value (a), and of their squares (b). */
 BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index runs, bn_index n, bn_index stride,
@@ -76,8 +76,8 @@ BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index runs, bn_index n
             BN_EACH(k, 1) {
                 const FN(wide) d =
                     FN(fresh)(FN(load)(x + n - BN_LANES + k * FN(WIDTH)) - first, rest, k);
-                off.part[k] += d;
-                squares.part[k] = FN(wide_mad_each)(d, d, squares.part[k]);
+                off.part[FN(REST) + k] += d;
+                squares.part[FN(REST) + k] = FN(wide_mad_each)(d, d, squares.part[FN(REST) + k]);
             }
     }
     FN(add_lanes)(to->a, off);
@@ -110,8 +110,9 @@ static inline void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y
                 const bn_index at = from + n - BN_LANES + k * FN(WIDTH);
                 const FN(wide) g =
                     FN(fresh)(y ? FN(load_masked)(dy + at, y + at) : FN(load)(dy + at), rest, k);
-                g_sum.part[k] += g;
-                gx_sum.part[k] = FN(wide_mad_each)(g, FN(load)(x + at) - first, gx_sum.part[k]);
+                g_sum.part[FN(REST) + k] += g;
+                gx_sum.part[FN(REST) + k] =
+                    FN(wide_mad_each)(g, FN(load)(x + at) - first, gx_sum.part[FN(REST) + k]);
             }
     }
     FN(add_lanes)(to->a, g_sum);
@@ -135,24 +136,25 @@ BN_NOINLINE static void FN(add_masked)(const REAL *dy, const REAL *x, const REAL
    them for float64, whose deviations from a guess would round. */
 static inline double FN(first_mean)(const REAL *x, bn_index runs, bn_index length, bn_index stride)
 {
+#if BN_IS_DOUBLE
     FN(short_runs) gathered;
     double sum[BN_LANES];
     BN_ZERO(sum);
-    if (!BN_IS_DOUBLE) {
-        runs = 1;
-        length = bn_min(length, BN_LANES);
-    }
-    if (length < BN_LANES)
-        for (bn_index run = 0, some; run < runs; run += some) {
-            some = bn_min(BN_CHAIN / length, runs - run);
-            FN(add)(FN(gather)(x + run * stride, some, length, stride, &gathered), 1,
-                    some * length, 0, sum);
-        }
-    else
-        for (bn_index run = 0; run < runs; run++)
+    for (bn_index run = 0, some; run < runs; run += some) {
+        some = length < BN_LANES ? bn_min(BN_CHAIN / length, runs - run) : 1;
+        if (length < BN_LANES)
+            FN(add)(FN(gather)(x + run * stride, some, length, stride, &gathered), some * length,
+                    sum);
+        else
             for (bn_index i = 0, n; i < length; i += n)
-                FN(add)(x + run * stride + i, 1, n = FN(piece)(length - i), 0, sum);
+                FN(add)(x + run * stride + i, n = FN(piece)(length - i), sum);
+    }
     return bn_total(sum) / ((double)runs * (double)length);
+#else
+    (void)runs;
+    (void)stride;
+    return length < 4 ? x[0] : (((double)x[0] + x[1]) + ((double)x[2] + x[3])) / 4;
+#endif
 }
 
 static inline void FN(open_channels)(FN(channel) *channel, bn_index channels)

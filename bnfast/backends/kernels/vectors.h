@@ -23,13 +23,15 @@
 #define BN_SMALL_VECTOR (BN_VECTOR < 32 ? BN_VECTOR : 32)
 
 /* Elements of a vector of REAL and of a cache line; elements of a vector of double, such vectors in
-   16 lanes, and those whose elements fill a cache line of x. */
+   16 lanes, those whose elements fill a cache line of x, and the first one for what is left behind
+   the last step. */
 enum {
     FN(SIZE) = BN_SMALL_VECTOR / sizeof(REAL),
     FN(LINE) = 64 / sizeof(REAL),
     FN(WIDTH) = BN_VECTOR / 8,
     FN(VECTORS) = BN_LANES / FN(WIDTH),
-    FN(PER_LINE) = FN(LINE) / FN(WIDTH)
+    FN(PER_LINE) = FN(LINE) / FN(WIDTH),
+    FN(REST) = (BN_STEPS - 1) * FN(VECTORS)
 };
 
 typedef REAL FN(vector) __attribute__((vector_size(BN_SMALL_VECTOR)));
@@ -151,7 +153,7 @@ static inline void FN(add_lanes)(double *sum, FN(lanes) lanes)
     BN_EACH(k, 1) {
         FN(wide) total = FN(load_wide)(sum + k * FN(WIDTH)) + lanes.part[k];
         if (BN_STEPS > 1)
-            total += lanes.part[(BN_STEPS - 1) * FN(VECTORS) + k];
+            total += lanes.part[FN(REST) + k];
         memcpy(sum + k * FN(WIDTH), &total, sizeof total);
     }
 }
