@@ -40,7 +40,7 @@ SHAPES: tuple[Shape, ...] = (
 SIZES: tuple[Shape, ...] = tuple((2**power // 2**18, 64, 64, 64) for power in range(22, 28))
 CHANNELS: tuple[Shape, ...] = ((64, 1, 512, 384), (64, 3, 256, 256), (64, 64, 48, 64))
 UNTIMED: tuple[Shape, ...] = ((1, 64, 8, 8), (2, 48, 28, 28))
-"""A run that does not time checks every contender on these: one call without and one with threads."""
+"""What a run that does not time checks everyone on: a call on one thread, and one on several."""
 
 OPERATIONS = ("inference", "training", "backward")
 LAYOUTS = ("NCHW", "NHWC")

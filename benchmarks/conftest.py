@@ -4,8 +4,8 @@ Timing is on if the command line names this directory or something in it, as
 ``pytest benchmarks/ -k "inference and NCHW"`` does, or asks for it (``--benchmark-enable``). In a
 run of all tests it is off: then every contender is checked once, on small arrays.
 
-Every figure carries what it depends on under ``extra_info`` (see `Group.result`), and the saved file
-the report of `bnfast.show_config` under ``machine_info``.
+Every figure carries what it depends on under ``extra_info`` (see `Group.result`), and the saved
+file the report of `bnfast.show_config` under ``machine_info``.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
 
 @pytest.fixture(scope="session")
 def groups() -> list[Group]:
-    """Return the place of the group that is being run; the one before it is gone, with its arrays."""
+    """Return the place of the group that is being run: one at a time, for its arrays are large."""
     return []
 
 

@@ -9,8 +9,9 @@ same layout, uses the same number of threads, and allocates the result, unless i
     NumPy folded    inference as ``x * a + b``, two ufunc calls into ``out``
     torch           the module, called in `inference_mode`; backward: the operator behind its
                     autograd, on saved statistics
-    onnxruntime     inference, NCHW: a model of one BatchNormalization node; ``out=`` binds its output
-    OpenVINO        likewise; its output stays in a buffer of its own, so this is an ``out=`` as well
+    onnxruntime     inference, NCHW: a model of one BatchNormalization node; ``out=`` binds its
+                    output
+    OpenVINO        the same model; it keeps its output in a buffer of its own, which is an ``out=``
     limit           see `limit.py`
 """
 

@@ -74,7 +74,9 @@ def instruction_set() -> str:
 class Move:
     """One way to move the bytes of a problem; `repeat` says how often a call moves them."""
 
-    def __init__(self, problem: Problem, arrays: Sequence[NDArray[Any]], streams: bool, threads: int):
+    def __init__(
+        self, problem: Problem, arrays: Sequence[NDArray[Any]], streams: bool, threads: int
+    ):
         self.repeat = max(1, BYTES_PER_CALL // problem.case.bytes)
         self.arrays = arrays  # keeps them alive: what follows are addresses
         target, first, *second = (array.ctypes.data for array in arrays)

@@ -3,20 +3,20 @@
 A round gives every contender a turn, in an order that rotates from round to round, so that none
 always follows the same one. A turn is
 
-1. a pause, in which the threads of whoever came before stop spinning (OpenMP's do so for about 4 ms,
-   on the core that the next one needs);
+1. a pause, in which the threads of whoever came before stop spinning (OpenMP's do so for about
+   4 ms, on the core that the next one needs);
 2. calls that do not count, which fill the cache and wake the threads;
 3. calls back to back for `TURN` seconds, in batches of `BATCH` seconds or one call, whichever is
-   longer, so that reading the clock costs nothing; the result of a call lives until the next is made.
+   longer, so that reading the clock costs nothing; a result lives until the next one is made.
 
 The figure of a turn is the median over its batches, that of a contender the median over the rounds.
 A round's figures stand side by side in the saved file, so that the ratio of two contenders can be
 taken round by round: a machine that slows down for a while slows both.
 
-pytest-benchmark times one test after the other. To have turns nevertheless, the first test of a case
-measures all its rows, and each test plays its row back: `PlayedBack` is a clock that stands still,
-except that each call of `play` moves it by the next recorded time. As the ``timer`` of the marker,
-with `play` as the function to time, it gives pytest-benchmark the recorded rounds as its own.
+pytest-benchmark times one test after the other. To have turns nevertheless, the first test of a
+case measures all its rows, and each test plays its row back: `PlayedBack` is a clock that stands
+still, except that each call of `play` moves it by the next recorded time. As the ``timer`` of the
+marker, with `play` as the function to time, it makes pytest-benchmark see the recorded rounds.
 """
 
 from __future__ import annotations
