@@ -3,8 +3,8 @@
 A round gives every contender a turn, in an order that rotates from round to round, so that none
 always follows the same one. A turn is
 
-1. a pause, in which the threads of whoever came before stop spinning (OpenMP's do so for about
-   4 ms, on the core that the next one needs);
+1. a pause, until no thread of this process spins any more: those of whoever came before do so for
+   a while on the core that the next one needs (seen: OpenMP's for 10 ms, onnxruntime's for 20);
 2. calls that do not count, which fill the cache and wake the threads;
 3. calls back to back for `TURN` seconds, in batches of `BATCH` seconds or one call, whichever is
    longer, so that reading the clock costs nothing; a result lives until the next one is made.
@@ -27,8 +27,12 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any, TypeVar
 
-PAUSE = 0.01
-"""Seconds between two turns."""
+PAUSE = 0.006
+"""Seconds of one look at the process's CPU time: Linux counts that of a running thread in steps of
+up to 4 ms."""
+
+PAUSES = 50
+"""How often to look before the turn begins regardless."""
 
 SETTLE = 0.002
 """Seconds of calls at the start of a turn that do not count, at least; and one batch, at least."""
@@ -57,7 +61,7 @@ def take_turns(calls: dict[Name, Call], rounds: int) -> dict[Name, list[float]]:
         for turn in range(rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                time.sleep(PAUSE)
+                _wait_for_spinning_threads()
                 elapsed = _take_turn(calls[name], batches[name])
                 times[name].append(elapsed / getattr(calls[name], "repeat", 1))
             gc.collect()
@@ -65,6 +69,14 @@ def take_turns(calls: dict[Name, Call], rounds: int) -> dict[Name, list[float]]:
         if collects:
             gc.enable()
     return times
+
+
+def _wait_for_spinning_threads() -> None:
+    for _ in range(PAUSES):
+        before = time.process_time()
+        time.sleep(PAUSE)
+        if time.process_time() - before < PAUSE / 10:
+            return
 
 
 def _take_turn(call: Call, batch: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,46 +38,49 @@ mpl.rcParams.update(
 
 def save(run: Run, directory: Path) -> list[tuple[str, str]]:
     """Write the plots that the run has rows for; return the title and the file of each."""
-    saved = []
+    pictures = {}
     for operation in OPERATIONS:
-        title = f"Share of the limit: {operation}, float32"
+        pictures[operation] = (
+            f"Share of the limit: {operation}, float32",
+            {layout: ("shapes", operation, layout, "float32") for layout in LAYOUTS},
+            label,
+        )
+    pictures["sizes"] = (
+        "Share of the limit: 4 to 128 million elements, NCHW, float32",
+        {operation: ("sizes", operation) for operation in OPERATIONS},
+        lambda case: f"$2^{{{case.elements.bit_length() - 1}}}$",
+    )
+    saved = []
+    for name, (title, keys, tick) in pictures.items():
         panels = {
-            layout: [
-                case for case in run.groups if case[:4] == ("shapes", operation, layout, "float32")
-            ]
-            for layout in LAYOUTS
+            panel: cases
+            for panel, key in keys.items()
+            if (cases := [case for case in run.groups if case[: len(key)] == key])
         }
-        if any(panels.values()):
-            saved.append((title, _write(run, panels, directory / f"measured-{operation}.svg")))
-    panels = {
-        operation: [case for case in run.groups if case[:2] == ("sizes", operation)]
-        for operation in OPERATIONS
-    }
-    if any(panels.values()):
-        title = "Share of the limit: 2^22 to 2^27 elements, NCHW, float32"
-        saved.append((title, _write(run, panels, directory / "measured-sizes.svg")))
+        if panels:
+            file = f"measured-{name}.svg"
+            _write(run, panels, tick, directory / file)
+            saved.append((title, file))
     return saved
 
 
-def _write(run: Run, panels: dict[str, list[Case]], path: Path) -> str:
+def _write(
+    run: Run, panels: dict[str, list[Case]], tick: Callable[[Case], str], path: Path
+) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    handles = {}
     for axes, (name, cases) in zip(all_axes, panels.items(), strict=True):
-        _panel(run, axes, cases)
+        _panel(run, axes, cases, [tick(case) for case in cases])
         axes.set_title(name)
+        lines, names = axes.get_legend_handles_labels()
+        handles |= dict(zip(names, lines, strict=True))
     all_axes[0].set_ylabel("limit / time")
-    handles = {
-        text: line
-        for axes in all_axes
-        for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
     figure.savefig(path, metadata={"Date": None, "Creator": None})
-    return path.name
 
 
-def _panel(run: Run, axes: Any, cases: list[Case]) -> None:
-    labels = [label(case) for case in cases]
+def _panel(run: Run, axes: Any, cases: list[Case], labels: list[str]) -> None:
     for name, (colour, marker) in SHOWN.items():
         shares = [run.ratio(case, LIMIT, name) for case in cases]
         points = [
