@@ -8,7 +8,7 @@ Suites
     ``shapes``     eight shapes, from a call whose cost is not arithmetic to arrays of 100 MB, in
                    both layouts and dtypes
     ``sizes``      the same planes, more and more of them: 2^22 to 2^27 elements
-    ``channels``   the same bytes in 1, 3 and 64 channels
+    ``channels``   the same bytes in 1, 3 and 64 channels, all in the same turns
 """
 
 from __future__ import annotations
@@ -65,6 +65,14 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
         return "-".join((self.suite, self.operation, self.layout, self.dtype, shape))
+
+    @property
+    def turns(self) -> str:
+        """What the cases have in common that are timed in the same turns.
+
+        These are one case alone, except where cases are compared with each other.
+        """
+        return "-".join(self[:4]) if self.suite == "channels" else str(self)
 
     @property
     def elements(self) -> int:

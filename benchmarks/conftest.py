@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from cases import Case, cases
 from contenders import CONTENDERS, absent
-from groups import Group
+from groups import Group, Row
 from measuring import CLOCK
 
 import bnfast
@@ -55,12 +55,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         operation = metafunc.function.__name__.removeprefix("test_")
         rows = [
-            pytest.param(case, name, id=f"{case}-{name.replace(' ', '-').removesuffix('=')}")
+            pytest.param(case, name, id=f"{case}-{_short(name)}")
             for case in cases(operation, is_timed(metafunc.config))
             for name, contender in CONTENDERS.items()
             if contender.takes(case) and not absent(name)
         ]
         metafunc.parametrize(("case", "contender"), rows)
+
+
+def _short(name: str) -> str:
+    """Return a contender's name for ``-k``, where "numpy" means the backend alone."""
+    return name.removeprefix("NumPy ").removesuffix("=").replace(" ", "-")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
@@ -79,17 +84,17 @@ def timed(groups: list[Group], request: pytest.FixtureRequest) -> Callable[[Case
     """Return a function that checks a row against float64, then reports its times."""
 
     def check_and_time(case: Case, contender: str) -> None:
-        if not groups or groups[0].problem.case != case:
+        if not groups or groups[0].turns != case.turns:
             groups.clear()
-            groups.append(Group(case, _selected(case, request), seeding.generator(request)))
+            groups.append(Group(_same_turns(case, request), seeding.generator(request)))
             if is_timed(request.config):
                 groups[0].measure(request.config.option.benchmark_min_rounds)
-        groups[0].require(contender)
+        groups[0].require(case, contender)
         # Not before: pytest-benchmark complains of a benchmark that ends without a time.
         if is_timed(request.config):
             benchmark = request.getfixturevalue("benchmark")
             benchmark.group = str(case)
-            times, info = groups[0].result(contender)
+            times, info = groups[0].result(case, contender)
             benchmark.extra_info.update(info)
             CLOCK.load(times)
             benchmark.pedantic(CLOCK.play, rounds=len(times))
@@ -97,7 +102,8 @@ def timed(groups: list[Group], request: pytest.FixtureRequest) -> Callable[[Case
     return check_and_time
 
 
-def _selected(case: Case, request: pytest.FixtureRequest) -> list[str]:
-    """Return the contenders of a case that this run has not deselected."""
-    parameters = [getattr(item, "callspec", None) for item in request.session.items]
-    return [p.params["contender"] for p in parameters if p and p.params.get("case") == case]
+def _same_turns(case: Case, request: pytest.FixtureRequest) -> list[Row]:
+    """Return the rows that are timed together with a case, without those that are deselected."""
+    specs = [getattr(item, "callspec", None) for item in request.session.items]
+    rows = [(s.params["case"], s.params["contender"]) for s in specs if s and "case" in s.params]
+    return [row for row in rows if row[0].turns == case.turns]

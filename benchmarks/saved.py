@@ -50,12 +50,16 @@ class Run:
         rounds = self.groups.get(case, {}).get(contender)
         return None if rounds is None else median(rounds)
 
-    def ratio(self, case: Case, of: str, to: str) -> float | None:
-        """Return the time of one contender divided by that of another; None if one has no row."""
-        group = self.groups.get(case, {})
-        if of not in group or to not in group:
+    def ratio(self, case: Case, of: str, to: str, to_case: Case | None = None) -> float | None:
+        """Return the time of one contender divided by that of another; None if one has no row.
+
+        ``to_case`` is another case that was timed in the same turns.
+        """
+        one = self.groups.get(case, {}).get(of)
+        other = self.groups.get(to_case or case, {}).get(to)
+        if one is None or other is None:
             return None
-        return median(a / b for a, b in zip(group[of], group[to], strict=True))
+        return median(a / b for a, b in zip(one, other, strict=True))
 
     def fastest_peer(self, case: Case, contender: str) -> tuple[float, str] | None:
         """Return the time of the fastest peer divided by the contender's, and the peer's name.

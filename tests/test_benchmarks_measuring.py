@@ -106,12 +106,12 @@ def test_a_wrong_contender_fails_alone(
     right = CONTENDERS["numpy"]
     wrong = right._replace(make=lambda problem: lambda: tuple(-a for a in problem.solution))
     monkeypatch.setitem(CONTENDERS, "wrong", wrong)
-    group = groups.Group(CASE, ["wrong", "numpy"], rng)
+    group = groups.Group([(CASE, "wrong"), (CASE, "numpy")], rng)
     with pytest.raises(AssertionError):
-        group.require("wrong")
-    group.require("numpy")
+        group.require(CASE, "wrong")
+    group.require(CASE, "numpy")
     group.measure(1)
-    times, info = group.result("numpy")
+    times, info = group.result(CASE, "numpy")
     assert len(times) == 1
     assert info["bytes"] == 3 * 4 * 2 * 3 * 8 * 8
     assert info["GB/s"] == pytest.approx(info["bytes"] / times[0] / 1e9, abs=0.01)

@@ -13,7 +13,7 @@ from typing import Any
 import goals
 import pytest
 import report
-from cases import SHAPES, Case
+from cases import CHANNELS, SHAPES, Case
 from saved import Run
 
 ROOT = Path(__file__).parents[1]
@@ -50,8 +50,7 @@ def test_a_named_run_is_timed_and_reported(tmp_path: Path) -> None:
 
 
 def test_a_run_of_everything_is_not_timed() -> None:
-    # testpaths apply, without the tests: it is about how benchmarks/ came to be collected
-    printed = run_pytest("--ignore=tests", "--collect-only", "-q")
+    printed = run_pytest("-o", "testpaths=benchmarks", "--collect-only", "-q")
     assert "shapes-inference-NCHW-float32-1x64x8x8-limit" in printed
     assert "32x64x112x112" not in printed
     assert "sizes" not in printed
@@ -117,6 +116,19 @@ def test_goals_are_ratios_of_rounds(inference: Run) -> None:
     assert peers["cython"] == pytest.approx(4.8)
     assert found["`bn(x)` of (1,64,8,8), time / torch"]["cython"] == pytest.approx(1.25 / 6)
     assert found["training NCHW, time / limit: mean over big"]["cython"] is None
+
+
+def test_channels_are_compared_round_by_round(tmp_path: Path) -> None:
+    cases = [Case("channels", "inference", "NCHW", "float32", shape) for shape in CHANNELS]
+    assert len({case.turns for case in cases}) == 1
+    factors = dict(zip(cases, (1.0, 1.1, 1.3), strict=True))
+    rows = {
+        (case, "cython out="): [factor * time for time in (1e-3, 5e-3, 2e-3)]
+        for case, factor in factors.items()
+    }
+    run = Run([saved_run(tmp_path, "channels.json", rows)])
+    most = figures(run)["inference NCHW, 1, 3 and 64 channels, time / the least: most"]
+    assert most["cython out="] == pytest.approx(1.3)
 
 
 def test_a_goal_is_met_or_missed_or_left_out(inference: Run) -> None:
