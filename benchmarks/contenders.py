@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import limit
 import numpy as np
 from cases import AXES, EPS, LAYOUTS, OPERATIONS, Case, Problem
+from limit import Move
 from measuring import Call
 from numpy.typing import NDArray
 
@@ -36,7 +37,7 @@ import bnfast.functional as F
 class Contender(NamedTuple):
     """A row of the comparison."""
 
-    make: Callable[[Problem], Call | dict[str, Any]]
+    make: Callable[..., Call | dict[str, Move]]
     packages: tuple[str, ...]
     instruction_set: Callable[[], str]
     threads: Callable[[], int] = bnfast.get_num_threads
@@ -84,11 +85,11 @@ def numpy_formula(problem: Problem) -> Call:
     x, operation = problem.x, problem.case.operation
     weight, bias = problem.weight[:, None, None], problem.bias[:, None, None]
 
-    def inference() -> NDArray[Any]:
+    def inference() -> Any:
         mean, var = problem.running_mean[:, None, None], problem.running_var[:, None, None]
         return (x - mean) / np.sqrt(var + EPS) * weight + bias
 
-    def training() -> NDArray[Any]:
+    def training() -> Any:
         mean, var = x.mean(AXES, keepdims=True), x.var(AXES, keepdims=True)
         return (x - mean) / np.sqrt(var + EPS) * weight + bias
 
@@ -111,7 +112,7 @@ def numpy_folded(problem: Problem) -> Call:
     shift = (problem.bias - problem.running_mean * scale)[:, None, None]
     scale = scale[:, None, None]
 
-    def call() -> NDArray[Any]:
+    def call() -> Any:
         np.multiply(x, scale, out=out)
         return np.add(out, shift, out=out)
 

@@ -70,6 +70,6 @@ def _checked(name: str, problem: Problem) -> dict[str, Call]:
     if isinstance(made, dict):
         for move in made.values():
             move.check()
-        return made
+        return dict(made)
     problem.check(made())
     return {"": made}

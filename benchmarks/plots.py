@@ -38,7 +38,7 @@ mpl.rcParams.update(
 
 def save(run: Run, directory: Path) -> list[tuple[str, str]]:
     """Write the plots that the run has rows for; return the title and the file of each."""
-    pictures = {}
+    pictures: dict[str, tuple[str, dict[str, tuple[str, ...]], Callable[[Case], str]]] = {}
     for operation in OPERATIONS:
         pictures[operation] = (
             f"Share of the limit: {operation}, float32",
@@ -69,14 +69,14 @@ def _write(
 ) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes, (name, cases) in zip(all_axes, panels.items(), strict=True):
         _panel(run, axes, cases, [tick(case) for case in cases])
         axes.set_title(name)
         lines, names = axes.get_legend_handles_labels()
         handles |= dict(zip(names, lines, strict=True))
     all_axes[0].set_ylabel("limit / time")
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
+    figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False)
     figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
