@@ -1,138 +1,74 @@
-"""What is compared: the problems, their solution in float64, and everyone who solves them.
+"""Who is compared: bnfast's backends, and everyone else who is installed.
 
-Case        operation, shape, layout, dtype: a group of the comparison
-Problem     a case with arrays, and `Problem.check`, which no result is timed without
-contender   a function from a problem to a call without arguments that does the work once;
-            `CONTENDERS` names them, `absent` says why one cannot run here
+A contender makes, from a problem, a call without arguments that does the work once and returns y
+(inference, training), or dx, dweight and dbias (backward). Everyone reads the same arrays in the
+same layout, uses the same number of threads, and allocates the result, unless its name ends in
+``out=``. `CONTENDERS` is the table; `absent` says why one cannot run here.
 
-A call returns y (inference, training), or dx, dweight and dbias (backward). Everyone reads the same
-arrays in the same layout, and allocates the result, unless its name ends in ``out=``.
+    NumPy formula   the formula as one writes it, in the dtype of x
+    NumPy folded    inference as ``x * a + b``, two ufunc calls into ``out``
+    torch           the module, called in `inference_mode`; backward: the operator behind its
+                    autograd, on saved statistics
+    onnxruntime     inference, NCHW: a model of one BatchNormalization node; ``out=`` binds its
+                    output
+    OpenVINO        the same model; it keeps its output in a buffer of its own, which is an ``out=``
+    limit           see `limit.py`
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import cache, partial
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import limit
 import numpy as np
+from cases import AXES, EPS, LAYOUTS, OPERATIONS, Case, Problem
+from limit import Move
+from measuring import Call
 from numpy.typing import NDArray
 
 import bnfast
 import bnfast.functional as F
 
-EPS = 1e-5
-AXES = (0, 2, 3)
 
-Call = Callable[[], Any]
-Contender = Callable[["Problem"], Call]
+class Contender(NamedTuple):
+    """A row of the comparison."""
 
-SHAPES = ((1, 64, 8, 8), (8, 64, 56, 56), (32, 256, 28, 28))
-"""A call whose cost is not arithmetic; arrays that fit the cache; arrays (26 MB) that do not."""
+    make: Callable[..., Call | dict[str, Move]]
+    packages: tuple[str, ...]
+    instruction_set: Callable[[], str]
+    threads: Callable[[], int] = bnfast.get_num_threads
+    operations: tuple[str, ...] = OPERATIONS
+    layouts: tuple[str, ...] = LAYOUTS
+    dtypes: tuple[str, ...] = ("float32", "float64")
+    suites: tuple[str, ...] = ("shapes",)
+    backend: str | None = None
 
-TOUCHED = {"inference": 2, "training": 2, "backward": 3}
-"""How many arrays an operation has to move at least: each input read and each output written."""
+    def takes(self, case: Case) -> bool:
+        """Return whether this is a row of the case."""
+        return (
+            case.operation in self.operations
+            and case.layout in self.layouts
+            and case.dtype in self.dtypes
+            and case.suite in self.suites
+        )
 
-
-class Case(NamedTuple):
-    """What a comparison is about; contenders compete within one case."""
-
-    operation: str
-    shape: tuple[int, int, int, int]
-    layout: str
-    dtype: str
-
-    def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape))
-        return f"{self.operation}-{shape}-{self.layout}-{self.dtype}"
-
-    @property
-    def bytes(self) -> int:
-        """The traffic that no implementation can avoid: read once, written once."""
-        elements = int(np.prod(self.shape))
-        return TOUCHED[self.operation] * elements * np.dtype(self.dtype).itemsize
-
-
-def cases(operation: str) -> list[Case]:
-    """Return the cases of an operation, for both layouts; the largest shape in float32 alone."""
-    return [
-        Case(operation, shape, layout, dtype)
-        for shape in SHAPES
-        for layout in ("NCHW", "channels-last")
-        for dtype in ("float32", "float64")
-        if dtype == "float32" or shape != SHAPES[-1]
-    ]
-
-
-class Problem:
-    """A case with random arrays, which no contender may write to."""
-
-    def __init__(self, case: Case, rng: np.random.Generator) -> None:
-        count = case.shape[1]
-        self.case = case
-        self.x = 1.5 + 2 * self._normal(rng)
-        self.weight, self.bias, self.running_mean = rng.normal(size=(3, count)).astype(case.dtype)
-        self.running_var = rng.uniform(0.5, 2.0, count).astype(case.dtype)
-        if case.operation == "backward":
-            self.dy = self._normal(rng)
-
-    def _normal(self, rng: np.random.Generator) -> NDArray[Any]:
-        n, c, h, w = self.case.shape
-        dtype: Any = np.dtype(self.case.dtype)
-        if self.case.layout == "NCHW":
-            return rng.standard_normal((n, c, h, w), dtype)
-        return rng.standard_normal((n, h, w, c), dtype).transpose(0, 3, 1, 2)
-
-    @cached_property
-    def batch(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean and invstd of the batch, what a training forward leaves for the backward."""
-        mean = self.x.mean(AXES, dtype=np.float64)
-        return mean, 1 / np.sqrt(self.x.var(AXES, dtype=np.float64) + EPS)
-
-    def solution(self, channels: slice) -> tuple[NDArray[np.float64], ...]:
-        """Return the result in float64, of some channels."""
-        x = self.x[:, channels].astype(np.float64)
-        weight, bias = wide(self.weight[channels]), wide(self.bias[channels])
-        if self.case.operation == "inference":
-            mean, var = wide(self.running_mean[channels]), wide(self.running_var[channels])
-        else:
-            mean, var = x.mean(AXES, keepdims=True), x.var(AXES, keepdims=True)
-        invstd = 1 / np.sqrt(var + EPS)
-        xhat = (x - mean) * invstd
-        if self.case.operation != "backward":
-            return (xhat * weight + bias,)
-        dy = self.dy[:, channels].astype(np.float64)
-        dbias, dweight = dy.sum(AXES), (dy * xhat).sum(AXES)
-        count = dy[:, 0].size
-        return weight * invstd * (dy - (wide(dbias) + xhat * wide(dweight)) / count), dweight, dbias
-
-    def check(self, result: Any, channels: slice = slice(None)) -> None:
-        """Raise AssertionError unless ``result`` solves the problem.
-
-        The tolerance grows with the number of terms of a sum, for who adds them up in float32:
-        torch's channels-last training is 33 ulp off at 16,384 terms and 300 ulp at 401,408.
-        """
-        results = result if isinstance(result, tuple) else (result,)
-        terms = self.x[:, 0].size
-        tolerance = (8 + terms**0.5) * np.finfo(self.case.dtype).eps
-        for actual, exact in zip(results, self.solution(channels), strict=False):
-            if exact.ndim == 4:
-                scale, actual = np.abs(exact).max(), np.asarray(actual)[:, channels]
-            else:  # a sum over the batch, of terms of size 1
-                scale, actual = terms, np.asarray(actual)[channels]
-            np.testing.assert_allclose(actual, exact, rtol=0, atol=tolerance * scale)
-
-
-def wide(vector: NDArray[Any]) -> NDArray[np.float64]:
-    """Return a channel vector in float64, ready to be broadcast against (N, C, H, W)."""
-    return vector.astype(np.float64)[:, None, None]
+    def circumstances(self) -> dict[str, Any]:
+        """Return what its figures depend on."""
+        return {
+            "threads": self.threads(),
+            "instruction_set": self.instruction_set(),
+            "versions": {name: version(name) for name in self.packages},
+        }
 
 
 def bnfast_layer(problem: Problem, backend: str, into_out: bool = False) -> Call:
     """The layer as a user calls it; the gradient as the function that takes saved statistics."""
     x, case = problem.x, problem.case
-    out = np.empty_like(x) if into_out else None
+    out = problem.out if into_out else None
     if case.operation == "backward":
         mean, invstd = problem.batch
         arguments = (problem.dy, x, problem.weight, mean, invstd)
@@ -140,20 +76,20 @@ def bnfast_layer(problem: Problem, backend: str, into_out: bool = False) -> Call
     bn = bnfast.BatchNorm2d(case.shape[1], EPS, dtype=case.dtype, backend=backend)
     bn.train(case.operation == "training")
     bn.weight, bn.bias = problem.weight, problem.bias
-    bn.running_mean, bn.running_var = problem.running_mean, problem.running_var
-    return lambda: bn(x, out=out)
+    bn.running_mean, bn.running_var = problem.running_mean.copy(), problem.running_var.copy()
+    return (lambda: bn(x, out=out)) if into_out else (lambda: bn(x))
 
 
 def numpy_formula(problem: Problem) -> Call:
-    """The formula as one writes it in NumPy, in the dtype of x."""
+    """The formula, in the dtype of x."""
     x, operation = problem.x, problem.case.operation
     weight, bias = problem.weight[:, None, None], problem.bias[:, None, None]
 
-    def inference() -> NDArray[Any]:
+    def inference() -> Any:
         mean, var = problem.running_mean[:, None, None], problem.running_var[:, None, None]
         return (x - mean) / np.sqrt(var + EPS) * weight + bias
 
-    def training() -> NDArray[Any]:
+    def training() -> Any:
         mean, var = x.mean(AXES, keepdims=True), x.var(AXES, keepdims=True)
         return (x - mean) / np.sqrt(var + EPS) * weight + bias
 
@@ -169,8 +105,22 @@ def numpy_formula(problem: Problem) -> Call:
     return {"inference": inference, "training": training, "backward": backward}[operation]
 
 
+def numpy_folded(problem: Problem) -> Call:
+    """Two ufunc calls; what does not depend on x is computed once."""
+    x, out = problem.x, problem.out
+    scale = problem.weight / np.sqrt(problem.running_var + EPS)
+    shift = (problem.bias - problem.running_mean * scale)[:, None, None]
+    scale = scale[:, None, None]
+
+    def call() -> Any:
+        np.multiply(x, scale, out=out)
+        return np.add(out, shift, out=out)
+
+    return call
+
+
 def torch_module(problem: Problem) -> Call:
-    """torch's layer, and the operator that its autograd calls for the gradient."""
+    """The layer, and the operator that its autograd calls for the gradient."""
     import torch
 
     torch.set_num_threads(bnfast.get_num_threads())
@@ -204,20 +154,143 @@ def torch_module(problem: Problem) -> Call:
     return call
 
 
+def onnx_model(problem: Problem) -> bytes:
+    """Return a model that normalises x."""
+    from onnx import TensorProto, checker, helper, numpy_helper
+
+    vectors = {
+        "weight": problem.weight,
+        "bias": problem.bias,
+        "mean": problem.running_mean,
+        "var": problem.running_var,
+    }
+    kind = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE}[problem.case.dtype]
+    graph = helper.make_graph(
+        [helper.make_node("BatchNormalization", ["x", *vectors], ["y"], epsilon=EPS)],
+        "batch_norm",
+        [helper.make_tensor_value_info("x", kind, problem.case.shape)],
+        [helper.make_tensor_value_info("y", kind, problem.case.shape)],
+        [numpy_helper.from_array(vector, name) for name, vector in vectors.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
+    checker.check_model(model)
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+def onnxruntime_session(problem: Problem, into_out: bool = False) -> Call:
+    """One node in a session; its threads may spin, as they do for users."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = bnfast.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        onnx_model(problem), options, providers=["CPUExecutionProvider"]
+    )
+    x = problem.x
+    if not into_out:
+        return lambda: session.run(None, {"x": x})[0]
+    binding, out = session.io_binding(), problem.out
+    binding.bind_cpu_input("x", x)
+    binding.bind_output("y", "cpu", 0, out.dtype.type, out.shape, out.ctypes.data)
+
+    def call() -> NDArray[Any]:
+        session.run_with_iobinding(binding)
+        return out
+
+    return call
+
+
+def openvino_request(problem: Problem) -> Call:
+    """One node, compiled for latency, in float32 as given (its default may be bfloat16)."""
+    import openvino
+
+    core = openvino.Core()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": bnfast.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    compiled = core.compile_model(core.read_model(onnx_model(problem)), "CPU", settings)
+    request, inputs = compiled.create_infer_request(), {0: problem.x}
+    return lambda: request.infer(inputs, share_inputs=True, share_outputs=True)[0]
+
+
+def _numpy_instructions() -> str:
+    found = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
+    return str(found[-1] if found else "baseline")
+
+
+def _torch_instructions() -> str:
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def _its_own_choice() -> str:
+    return "chosen by the library"
+
+
 def _contenders() -> Iterator[tuple[str, Contender]]:
     for name in bnfast.list_backends():
-        yield name, partial(bnfast_layer, backend=name)
-        yield f"{name}, out=", partial(bnfast_layer, backend=name, into_out=True)
-    yield "NumPy formula", numpy_formula
-    yield "torch", torch_module
+        row = Contender(
+            make=partial(bnfast_layer, backend=name),
+            packages=("bnfast", "numpy", "numba") if name == "numba" else ("bnfast", "numpy"),
+            instruction_set=partial(_backend_instructions, name),
+            threads=_one if name == "numpy" else bnfast.get_num_threads,
+            suites=("shapes",) if name == "numpy" else ("shapes", "sizes", "channels"),
+            backend=name,
+        )
+        yield name, row
+        yield f"{name} out=", row._replace(make=partial(row.make, into_out=True))
+    plain = Contender(numpy_formula, ("numpy",), _numpy_instructions, _one)
+    yield "NumPy formula", plain
+    yield "NumPy folded out=", plain._replace(make=numpy_folded, operations=("inference",))
+    yield "torch", Contender(torch_module, ("torch",), _torch_instructions)
+    node = Contender(
+        make=onnxruntime_session,
+        packages=("onnxruntime", "onnx"),
+        instruction_set=_its_own_choice,
+        operations=("inference",),
+        layouts=("NCHW",),
+    )
+    yield "onnxruntime", node
+    yield "onnxruntime out=", node._replace(make=partial(onnxruntime_session, into_out=True))
+    yield (
+        "OpenVINO out=",
+        node._replace(
+            make=openvino_request,
+            packages=("openvino", "onnx"),
+            dtypes=("float32",),  # float64 is computed in float32
+        ),
+    )
+    yield (
+        "limit",
+        Contender(
+            make=lambda problem: limit.moves(problem, bnfast.get_num_threads()),
+            packages=(),
+            instruction_set=limit.instruction_set,
+            suites=("shapes", "sizes", "channels"),
+        ),
+    )
+
+
+def _backend_instructions(name: str) -> str:
+    return bnfast.registry.load(name).instruction_set()
+
+
+def _one() -> int:
+    return 1
 
 
 CONTENDERS: dict[str, Contender] = dict(_contenders())
 
 
+@cache
 def absent(name: str) -> str | None:
     """Return None, or why this contender cannot run here."""
-    if name == "torch":
-        return None if importlib.util.find_spec("torch") else "torch is not installed"
-    backend = bnfast.list_backends().get(name.removesuffix(", out="))
-    return None if backend is None else backend.reason
+    contender = CONTENDERS[name]
+    if contender.backend is not None:
+        return bnfast.list_backends()[contender.backend].reason
+    missing = [package for package in contender.packages if not importlib.util.find_spec(package)]
+    return f"{' and '.join(missing)} not installed" if missing else None

@@ -1,0 +1,185 @@
+"""What is compared: the cases, their arrays, and the float64 result that nobody is timed without.
+
+Case       suite, operation, layout, dtype, shape: one group of the comparison
+cases      all cases of an operation, or the small ones for a run that does not time
+Problem    a case with arrays, and `Problem.check`
+
+Suites
+    ``shapes``     eight shapes, from a call whose cost is not arithmetic to arrays of 100 MB, in
+                   both layouts and dtypes
+    ``sizes``      the same planes, more and more of them: 2^22 to 2^27 elements
+    ``channels``   the same bytes in 1, 3 and 64 channels, all in the same turns
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+EPS = float(np.float32(1e-5))
+"""An attribute of an ONNX node is a float32: everyone gets the same."""
+
+AXES = (0, 2, 3)
+
+Shape = tuple[int, int, int, int]
+
+SHAPES: tuple[Shape, ...] = (
+    (1, 64, 8, 8),
+    (1, 64, 56, 56),
+    (8, 64, 56, 56),
+    (32, 64, 112, 112),
+    (32, 256, 56, 56),
+    (32, 512, 28, 28),
+    (32, 1024, 14, 14),
+    (32, 2048, 7, 7),
+)
+SIZES: tuple[Shape, ...] = tuple((2**power // 2**18, 64, 64, 64) for power in range(22, 28))
+CHANNELS: tuple[Shape, ...] = ((64, 1, 512, 384), (64, 3, 256, 256), (64, 64, 48, 64))
+UNTIMED: tuple[Shape, ...] = ((1, 64, 8, 8), (2, 48, 28, 28))
+"""What a run that does not time checks everyone on: a call on one thread, and one on several."""
+
+OPERATIONS = ("inference", "training", "backward")
+LAYOUTS = ("NCHW", "NHWC")
+DTYPES = ("float32", "float64")
+
+TOUCHED = {"inference": 2, "training": 2, "backward": 3}
+"""How many arrays an operation has to move at least: each input read and each output written."""
+
+CHECKED = 2**21
+"""Elements that a check looks at, about: all of a small array, some channels of a large one."""
+
+
+class Case(NamedTuple):
+    """What a comparison is about; contenders compete within one case."""
+
+    suite: str
+    operation: str
+    layout: str
+    dtype: str
+    shape: Shape
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return "-".join((self.suite, self.operation, self.layout, self.dtype, shape))
+
+    @property
+    def turns(self) -> str:
+        """What the cases have in common that are timed in the same turns.
+
+        These are one case alone, except where cases are compared with each other.
+        """
+        return "-".join(self[:4]) if self.suite == "channels" else str(self)
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of x."""
+        return int(np.prod(self.shape))
+
+    @property
+    def bytes(self) -> int:
+        """The traffic that no implementation can avoid: read once, written once."""
+        return TOUCHED[self.operation] * self.elements * np.dtype(self.dtype).itemsize
+
+
+def cases(operation: str, timed: bool) -> Iterator[Case]:
+    """Yield the cases of an operation."""
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            for shape in SHAPES if timed else UNTIMED:
+                yield Case("shapes", operation, layout, dtype, shape)
+    if timed:
+        for shape in SIZES:
+            yield Case("sizes", operation, "NCHW", "float32", shape)
+        if operation == "inference":
+            for layout in LAYOUTS:
+                for shape in CHANNELS:
+                    yield Case("channels", operation, layout, "float32", shape)
+
+
+class Problem:
+    """A case with random arrays, which no contender may write to except for ``out``."""
+
+    def __init__(self, case: Case, rng: np.random.Generator) -> None:
+        count = case.shape[1]
+        self.case = case
+        self.x = self._normal(rng)
+        self.x *= 2
+        self.x += 1.5
+        self.weight, self.bias, self.running_mean = rng.normal(size=(3, count)).astype(case.dtype)
+        self.running_var = rng.uniform(0.5, 2.0, count).astype(case.dtype)
+        if case.operation == "backward":
+            self.dy = self._normal(rng)
+
+    def _normal(self, rng: np.random.Generator) -> NDArray[Any]:
+        n, c, h, w = self.case.shape
+        dtype: Any = np.dtype(self.case.dtype)
+        if self.case.layout == "NCHW":
+            return rng.standard_normal((n, c, h, w), dtype)
+        return rng.standard_normal((n, h, w, c), dtype).transpose(0, 3, 1, 2)
+
+    @property
+    def inputs(self) -> list[NDArray[Any]]:
+        """The arrays that have to be read."""
+        return [self.x, self.dy] if self.case.operation == "backward" else [self.x]
+
+    @cached_property
+    def out(self) -> NDArray[Any]:
+        """What the rows named ``out=`` write to, by turns."""
+        return np.empty_like(self.x)
+
+    @cached_property
+    def batch(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean and invstd of the batch, what a training forward leaves for the backward."""
+        mean = self.x.mean(AXES, dtype=np.float64)
+        return mean, 1 / np.sqrt(self.x.var(AXES, dtype=np.float64) + EPS)
+
+    @cached_property
+    def checked(self) -> NDArray[np.intp]:
+        """The channels that a check looks at, the first and the last among them."""
+        count = self.case.shape[1]
+        some = min(count, max(2, count * CHECKED // self.case.elements))
+        return np.unique(np.linspace(0, count - 1, some).round().astype(np.intp))
+
+    @cached_property
+    def solution(self) -> tuple[NDArray[np.float64], ...]:
+        """The result in float64: y, or dx, dweight and dbias; the checked channels of it."""
+        channels = self.checked
+        x = self.x[:, channels].astype(np.float64)
+        weight, bias = wide(self.weight[channels]), wide(self.bias[channels])
+        if self.case.operation == "inference":
+            mean, var = wide(self.running_mean[channels]), wide(self.running_var[channels])
+        else:
+            mean, var = x.mean(AXES, keepdims=True), x.var(AXES, keepdims=True)
+        invstd = 1 / np.sqrt(var + EPS)
+        xhat = (x - mean) * invstd
+        if self.case.operation != "backward":
+            return (xhat * weight + bias,)
+        dy = self.dy[:, channels].astype(np.float64)
+        dbias, dweight = dy.sum(AXES), (dy * xhat).sum(AXES)
+        count = dy[:, 0].size
+        return weight * invstd * (dy - (wide(dbias) + xhat * wide(dweight)) / count), dweight, dbias
+
+    def check(self, result: Any) -> None:
+        """Raise AssertionError unless ``result`` solves the problem.
+
+        The tolerance grows with the number of terms of a sum, for who adds them up in float32:
+        torch's channels-last training is 33 ulp off at 16,384 terms and 300 ulp at 401,408.
+        """
+        results = result if isinstance(result, tuple) else (result,)
+        terms = self.x[:, 0].size
+        tolerance = (8 + terms**0.5) * np.finfo(self.case.dtype).eps
+        for actual, exact in zip(results, self.solution, strict=True):
+            if exact.ndim == 4:
+                scale, actual = np.abs(exact).max(), np.asarray(actual)[:, self.checked]
+            else:  # a sum over the batch, of terms of size 1
+                scale, actual = terms, np.asarray(actual)[self.checked]
+            np.testing.assert_allclose(actual, exact, rtol=0, atol=tolerance * scale)
+
+
+def wide(vector: NDArray[Any]) -> NDArray[np.float64]:
+    """Return a channel vector in float64, ready to be broadcast against (N, C, H, W)."""
+    return vector.astype(np.float64)[:, None, None]
