@@ -97,20 +97,22 @@ static inline bn_index bn_part(bn_index elements)
     return bn_max(BN_PART, bn_min(BN_PART_MAX, elements / 64));
 }
 
-/* How far ahead of the element in work a sum asks for memory: 2048 elements, or as many whole rows
-   (of a slab, or wide rows) where these are shorter. It is what the hardware does not foresee in
-   arrays that outgrow the cache (training, 2 threads: 56x56 planes 1.2 times faster); in it, asking
-   costs a few percent. */
+/* How far ahead of the element in work a sum asks for memory: so many elements, or as many whole
+   rows (of a slab, or wide rows) where these are shorter; not at all in arrays below a size in bytes,
+   where asking costs a few percent. It is what the hardware does not foresee (training, 2 threads:
+   56x56 planes 1.2 times faster). */
 #define BN_AHEAD 2048
+#define BN_COLUMNS_AHEAD 8192
 
-static inline bn_index bn_ahead(const bn_call *call, bn_index length, bn_index stride)
+static inline bn_index bn_ahead(const bn_call *call, bn_index ahead, bn_index length,
+                                bn_index stride, bn_index least)
 {
     const bn_index bytes = call->outer * call->channels * call->inner * call->kernels->itemsize;
-    if (bytes < 4 * bn_core_cache)
+    if (bytes < least)
         return 0;
     if (call->inner >= BN_TILE)
-        return BN_AHEAD;
-    return bn_max(call->inner < BN_SHORT ? BN_RUNS : 1, BN_AHEAD / length) * stride;
+        return ahead;
+    return bn_max(call->inner < BN_SHORT ? BN_RUNS : 1, ahead / length) * stride;
 }
 
 /* Where part t lies: its first run, how many, its first element in each, how many. */
@@ -160,14 +162,15 @@ static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_inde
         call->tiles = bn_cut_runs(outer, inner, BN_TILE);
         call->units = bn_cut_runs(outer * channels, inner, bn_part(outer * channels * inner));
         bn_cut_slabs(call, arrays, num_threads);
-        call->ahead = bn_ahead(call, call->slab * inner, channels * inner);
+        call->ahead = bn_ahead(call, BN_AHEAD, call->slab * inner, channels * inner,
+                               4 * bn_core_cache);
         return;
     }
     call->fold = bn_min(bn_ceil(BN_FOLD, channels), outer);
     call->width = call->fold * channels;
     call->rows = outer / call->fold;
     call->rest = outer % call->fold * channels;
-    call->ahead = bn_ahead(call, call->width, call->width);
+    call->ahead = bn_ahead(call, BN_COLUMNS_AHEAD, call->width, call->width, bn_last_cache / 2);
     call->part_rows = bn_max(bn_max(BN_ROW_PART_ROWS, BN_ROW_PART / call->width),
                              bn_ceil(call->rows, BN_ROW_PARTS));
     call->parts = bn_ceil(call->rows, call->part_rows);

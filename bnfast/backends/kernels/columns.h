@@ -10,13 +10,6 @@
    every vector that goes with it is repeated. Needs REAL, FN,
    BN_IS_DOUBLE, gradient.h. */
 
-static inline void FN(prefetch_rows)(const REAL *x, bn_index rows, bn_index width, bn_index stride)
-{
-    for (bn_index row = 0; row < rows; row++)
-        for (bn_index c = 0; c < width; c += 64 / (bn_index)sizeof(REAL))
-            BN_PREFETCH(x + row * stride + c);
-}
-
 static inline void FN(add_vector)(double *sum, FN(wide) value)
 {
     value += FN(load_wide)(sum);
@@ -25,8 +18,8 @@ static inline void FN(add_vector)(double *sum, FN(wide) value)
 
 /* The sums over `rows` rows of x of the deviations from `first` and of their squares are added to
    those of each column: these are loaded and stored once for all of the rows. */
-static inline void FN(add_rows)(const REAL *x, bn_index width, bn_index stride, const double *first,
-                                double *off, double *square, const int rows)
+static inline void FN(add_rows)(const REAL *x, bn_index width, bn_index stride, bn_index ahead,
+                                const double *first, double *off, double *square, const int rows)
 {
     bn_index c = 0;
     for (; c + FN(WIDTH) <= width; c += FN(WIDTH)) {
@@ -34,7 +27,10 @@ static inline void FN(add_rows)(const REAL *x, bn_index width, bn_index stride, 
         FN(wide) deviations = {0}, squares = {0};
         _Pragma("GCC unroll 8") for (int row = 0; row < rows; row++)
         {
-            const FN(wide) d = FN(load)(x + row * stride + c) - from;
+            const REAL *const at = x + row * stride + c;
+            const FN(wide) d = FN(load)(at) - from;
+            if (ahead && c % FN(LINE) == 0)
+                BN_PREFETCH(at + ahead);
             deviations += d;
             squares = FN(wide_mad_each)(d, d, squares);
         }
@@ -51,8 +47,9 @@ static inline void FN(add_rows)(const REAL *x, bn_index width, bn_index stride, 
 
 /* The same for dy, where y is NULL or positive, and for its products with x - mean. */
 static inline void FN(add_product_rows)(const REAL *dy, const REAL *x, const REAL *y,
-                                        bn_index width, bn_index stride, const double *mean,
-                                        double *sum_dy, double *sum_dy_x, const int rows)
+                                        bn_index width, bn_index stride, bn_index ahead,
+                                        const double *mean, double *sum_dy, double *sum_dy_x,
+                                        const int rows)
 {
     bn_index c = 0;
     for (; c + FN(WIDTH) <= width; c += FN(WIDTH)) {
@@ -62,6 +59,10 @@ static inline void FN(add_product_rows)(const REAL *dy, const REAL *x, const REA
         {
             const bn_index at = row * stride + c;
             const FN(wide) g = y ? FN(load_masked)(dy + at, y + at) : FN(load)(dy + at);
+            if (ahead && c % FN(LINE) == 0) {
+                BN_PREFETCH(dy + at + ahead);
+                BN_PREFETCH(x + at + ahead);
+            }
             sum += g;
             products = FN(wide_mad_each)(g, FN(load)(x + at) - from, products);
         }
@@ -91,12 +92,10 @@ static inline void FN(block_moments)(const REAL *x, bn_index rows, bn_index widt
     for (bn_index c = 0; c < width; c++)
         first[c] /= (double)sample;
     bn_index row = 0;
-    for (; row + BN_ROWS <= rows; row += BN_ROWS) {
-        FN(prefetch_rows)(x + row * stride + ahead, ahead ? BN_ROWS : 0, width, stride);
-        FN(add_rows)(x + row * stride, width, stride, first, off, square, BN_ROWS);
-    }
+    for (; row + BN_ROWS <= rows; row += BN_ROWS)
+        FN(add_rows)(x + row * stride, width, stride, ahead, first, off, square, BN_ROWS);
     for (; row < rows; row++)
-        FN(add_rows)(x + row * stride, width, stride, first, off, square, 1);
+        FN(add_rows)(x + row * stride, width, stride, 0, first, off, square, 1);
     for (bn_index c = 0; c < width; c++)
         moments[c] = bn_corrected(first[c], off[c], square[c], (double)rows);
 }
@@ -141,15 +140,13 @@ static inline void FN(block_sums)(const REAL *dy, const REAL *x, const REAL *y, 
     bn_index row = 0;
     for (; row + BN_ROWS <= rows; row += BN_ROWS) {
         const bn_index at = row * stride;
-        FN(prefetch_rows)(dy + at + ahead, ahead ? BN_ROWS : 0, width, stride);
-        FN(prefetch_rows)(x + at + ahead, ahead ? BN_ROWS : 0, width, stride);
-        FN(add_product_rows)(dy + at, x + at, y ? y + at : NULL, width, stride, mean, g_sum, gx_sum,
-                             BN_ROWS);
+        FN(add_product_rows)(dy + at, x + at, y ? y + at : NULL, width, stride, ahead, mean, g_sum,
+                             gx_sum, BN_ROWS);
     }
     for (; row < rows; row++) {
         const bn_index at = row * stride;
-        FN(add_product_rows)(dy + at, x + at, y ? y + at : NULL, width, stride, mean, g_sum, gx_sum,
-                             1);
+        FN(add_product_rows)(dy + at, x + at, y ? y + at : NULL, width, stride, 0, mean, g_sum,
+                             gx_sum, 1);
     }
     for (bn_index c = 0; c < width; c++) {
         sum_dy[c] += g_sum[c];
