@@ -29,13 +29,21 @@ static inline int FN(affine_fits)(bn_affine affine)
 /* What REAL leaves of a mean; 0 for float64, where infinity - infinity would be NaN. */
 static inline double FN(tail)(double mean) { return BN_IS_DOUBLE ? 0 : mean - (REAL)mean; }
 
-/* Put the vectors of `count` of `width` channels into REAL: all heads, all scales, all shifts.
-   Return whether every channel fits. */
-static int FN(pack_affine)(const bn_affine *affine, bn_index count, bn_index width, char *packed)
+/* scale = weight / sqrt(var / count + eps) of n channels: a loop of its own, which vectorises. */
+static void FN(find_scales)(const double *weight, const double *var, double count, double eps,
+                            bn_index n, double *scale)
+{
+    BN_SIMD for (bn_index c = 0; c < n; c++)
+        scale[c] = weight[c] / sqrt(var[c] / count + eps);
+}
+
+/* Put the vectors of n of `width` channels into REAL: all heads, all scales, all shifts. Return
+   whether every channel fits. */
+static int FN(pack_affine)(const bn_affine *affine, bn_index n, bn_index width, char *packed)
 {
     REAL *head = (REAL *)packed, *scale = head + width, *shift = scale + width;
     int fits = 1;
-    for (bn_index c = 0; c < count; c++) {
+    for (bn_index c = 0; c < n; c++) {
         const double tail = FN(tail)(affine[c].mean);
         head[c] = (REAL)affine[c].mean;
         scale[c] = (REAL)affine[c].scale;
@@ -108,8 +116,9 @@ static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, c
     const REAL *head = (const REAL *)of.packed, *scale = head + of.width;
     const REAL *shift = scale + of.width;
     REAL *y = (REAL *)y_bytes;
-    FN(pending) pending = {.fill = 0}, *const stream =
-        of.stream && length >= FN(LINE) ? &pending : NULL;
+    FN(pending) pending;
+    FN(pending) *const stream = of.stream && length >= FN(LINE) ? &pending : NULL;
+    FN(begin)(&pending);
     for (bn_index at = 0; at < elements; at += length) {
         const REAL *r = residual ? residual + at : NULL;
         if (of.fits || FN(affine_fits)(of.affine[c])) {
@@ -182,8 +191,9 @@ static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes
     const REAL *head = (const REAL *)of.packed, *scale = head + of.width;
     const REAL *shift = scale + of.width;
     REAL *y = (REAL *)y_bytes;
-    FN(pending) pending = {.fill = 0}, *const stream =
-        of.stream && of.width >= FN(LINE) ? &pending : NULL;
+    FN(pending) pending;
+    FN(pending) *const stream = of.stream && of.width >= FN(LINE) ? &pending : NULL;
+    FN(begin)(&pending);
     for (bn_index at = 0, n; at < elements; at += n) {
         const REAL *r = residual ? residual + at : NULL;
         n = bn_min(of.width, elements - at);

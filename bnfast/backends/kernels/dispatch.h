@@ -125,9 +125,10 @@ typedef struct {
                          bn_index elements, bn_index length, bn_gradients of, bn_index c);
     void (*column_gradient)(const char *dy, const char *x, const char *y, char *dx,
                             char *dresidual, bn_index elements, bn_gradients of);
-    int (*pack_affine)(const bn_affine *affine, bn_index count, bn_index width, char *packed);
-    int (*pack_gradient)(const bn_gradient *gradient, bn_index count, bn_index width,
-                         char *packed);
+    void (*find_scales)(const double *weight, const double *var, double count, double eps,
+                        bn_index n, double *scale);
+    int (*pack_affine)(const bn_affine *affine, bn_index n, bn_index width, char *packed);
+    int (*pack_gradient)(const bn_gradient *gradient, bn_index n, bn_index width, char *packed);
 } bn_kernels;
 
 /* Whether float32 holds a factor or an offset without leaving its comfortable range. Outside it

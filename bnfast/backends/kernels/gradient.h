@@ -32,13 +32,13 @@ static inline int FN(gradient_fits)(bn_gradient gradient)
 }
 
 /* As pack_affine: all heads, g_scales, x_scales, shifts. */
-static int FN(pack_gradient)(const bn_gradient *gradient, bn_index count, bn_index width,
+static int FN(pack_gradient)(const bn_gradient *gradient, bn_index n, bn_index width,
                              char *packed)
 {
     REAL *head = (REAL *)packed, *g_scale = head + width, *x_scale = g_scale + width;
     REAL *shift = x_scale + width;
     int fits = 1;
-    for (bn_index c = 0; c < count; c++) {
+    for (bn_index c = 0; c < n; c++) {
         const bn_gradient one = gradient[c];
         const double tail = FN(tail)(one.mean);
         head[c] = (REAL)one.mean;
@@ -126,7 +126,8 @@ static inline void FN(gradient_mixed)(const REAL *dy, const REAL *x, const REAL 
 static inline void FN(pass_on)(const REAL *dy, const REAL *y, REAL *dresidual, bn_index n,
                                int stream)
 {
-    FN(pending) pending = {.fill = 0};
+    FN(pending) pending;
+    FN(begin)(&pending);
 #define BN_MAKE(i) FN(masked_each)(dy, y, i)
     if (stream && n >= FN(LINE))
         BN_SEND(&pending, dresidual, n, BN_MAKE);
@@ -144,8 +145,9 @@ static inline void FN(row_gradient_as)(const REAL *dy, const REAL *x, const REAL
 {
     const REAL *head = (const REAL *)of.packed, *g_scale = head + of.width;
     const REAL *x_scale = g_scale + of.width, *shift = x_scale + of.width;
-    FN(pending) pending = {.fill = 0}, *const stream =
-        of.stream && length >= FN(LINE) ? &pending : NULL;
+    FN(pending) pending;
+    FN(pending) *const stream = of.stream && length >= FN(LINE) ? &pending : NULL;
+    FN(begin)(&pending);
     for (bn_index at = 0; at < elements; at += length) {
         const REAL *mask = y ? y + at : NULL;
         if (dresidual)
@@ -181,8 +183,9 @@ static inline void FN(column_gradient_as)(const REAL *dy, const REAL *x, const R
 {
     const REAL *head = (const REAL *)of.packed, *g_scale = head + of.width;
     const REAL *x_scale = g_scale + of.width, *shift = x_scale + of.width;
-    FN(pending) pending = {.fill = 0}, *const stream =
-        of.stream && of.width >= FN(LINE) ? &pending : NULL;
+    FN(pending) pending;
+    FN(pending) *const stream = of.stream && of.width >= FN(LINE) ? &pending : NULL;
+    FN(begin)(&pending);
     for (bn_index at = 0, n; at < elements; at += n) {
         const REAL *mask = y ? y + at : NULL;
         n = bn_min(of.width, elements - at);

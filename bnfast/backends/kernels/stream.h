@@ -12,6 +12,8 @@ typedef struct {
     bn_index from, fill;
 } FN(pending);
 
+static inline void FN(begin)(FN(pending) *pending) { pending->from = pending->fill = 0; }
+
 /* Store what is there; `y` is where the result behind the last of them goes. */
 static inline void FN(end)(FN(pending) *pending, REAL *y)
 {
@@ -22,7 +24,7 @@ static inline void FN(end)(FN(pending) *pending, REAL *y)
             FN(send)(y - n + k, FN(get)(line + k));
     else if (n)
         memcpy(y - n, line + from, n * sizeof(REAL));
-    pending->from = pending->fill = 0;
+    FN(begin)(pending);
 }
 
 /* Send n adjacent results, a line or more, to y; make(i) is a vector of them from the i-th on. */

@@ -105,10 +105,15 @@ static void bn_merge_sums(bn_call *call, bn_index first, bn_index size)
 static int bn_find_affine(bn_call *call, bn_index first, bn_index size)
 {
     int fits = 1;
+    double scale[BN_GROUP];
+    if (call->var)
+        call->kernels->find_scales(call->weight + first, call->var + first, 1.0, call->eps, size,
+                                   scale);
+    else
+        call->kernels->find_scales(call->weight + first, call->m2 + first, call->count, call->eps,
+                                   size, scale);
     for (bn_index c = first; c < first + size; c++) {
-        const double var = call->var ? call->var[c] : call->m2[c] / call->count;
-        const bn_affine affine = {call->mean[c], call->weight[c] / sqrt(var + call->eps),
-                                  call->bias[c]};
+        const bn_affine affine = {call->mean[c], scale[c - first], call->bias[c]};
         for (bn_index column = c; column < call->width; column += call->channels)
             call->affine[column] = affine;
     }
@@ -310,6 +315,12 @@ static void bn_row_gradient(bn_call *call, bn_index unit)
     bn_settle(call);
 }
 
+/* Samples of a slab that follow each other without a gap: all, if it has all channels. */
+static inline bn_index bn_adjacent_samples(const bn_call *call, bn_index channels)
+{
+    return channels == call->channels ? call->outer : 1;
+}
+
 /* A whole slab by one thread, while it is in its cache. */
 static void bn_slab_train(bn_call *call, bn_index slab)
 {
@@ -323,10 +334,11 @@ static void bn_slab_train(bn_call *call, bn_index slab)
         bn_merge_moments(call, c, size);
         fits &= bn_find_affine(call, c, size);
     }
-    for (bn_index n = 0; n < call->outer; n++) {
+    for (bn_index n = 0, samples; n < call->outer; n += samples) {
         const bn_index at = (n * call->channels + first) * call->inner * itemsize;
+        samples = bn_adjacent_samples(call, end - first);
         call->kernels->row_normalize(call->x + at, bn_at(call->residual, at), call->y + at,
-                                     (end - first) * call->inner, call->inner,
+                                     samples * (end - first) * call->inner, call->inner,
                                      bn_affines_of(call, fits), first);
     }
     bn_settle(call);
@@ -344,11 +356,12 @@ static void bn_slab_backward(bn_call *call, bn_index slab)
         bn_merge_sums(call, c, size);
         fits &= bn_find_gradient(call, c, size);
     }
-    for (bn_index n = 0; n < call->outer; n++) {
+    for (bn_index n = 0, samples; n < call->outer; n += samples) {
         const bn_index at = (n * call->channels + first) * call->inner * itemsize;
+        samples = bn_adjacent_samples(call, end - first);
         call->kernels->row_gradient(call->dy + at, call->x + at, bn_at(call->y_in, at),
                                     call->dx + at, bn_out(call->dresidual, at),
-                                    (end - first) * call->inner, call->inner,
+                                    samples * (end - first) * call->inner, call->inner,
                                     bn_gradients_of(call, fits), first);
     }
     bn_settle(call);
