@@ -1,13 +1,36 @@
-"""C-sized work, all in float64: packing parameters, merging moments, running statistics."""
+"""C-sized work, all in float64: packing parameters, merging moments, running statistics.
+
+A forward call keeps its channel vectors in one new block of float64, whose rows the kernels take::
+
+    WEIGHT     scale                       BATCH_MEAN   mean of this batch
+    BIAS       shift                       BATCH_M2     its sum of squared deviations
+    MEAN       running mean
+    VAR        running variance
+
+So all parameters of a layer are packed by one assignment, and the running statistics are moved by
+two operations on several rows: of a vector of 64, NumPy works on the numbers for 20 ns and for 200
+on the call.
+"""
 
 from __future__ import annotations
 
+from contextvars import Context
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Final
 
 import numpy as np
 
 from bnfast.spec import Channels
+
+FLOAT64: Final = np.dtype(np.float64)
+
+WEIGHT, BIAS, MEAN, VAR, BATCH_MEAN, BATCH_M2 = range(6)
+"""The rows of a block; in eval mode it ends with VAR."""
+
+# Where NumPy does not warn. Running a function in a copy of it costs 40 ns, errstate 650.
+_SILENT: Final = Context()
+_SILENT.run(np.seterr, all="ignore")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,21 +106,23 @@ def as_array(value: Any) -> np.ndarray[Any, Any]:
     return np.asarray(value)
 
 
-def pack(vector: Any, default: float, channels: int, name: str) -> Channels:
-    """Return a parameter as the kernels want it: float64, contiguous, never None.
+def pack(row: Channels, vector: Any, default: float, name: str) -> Channels:
+    """Return ``row`` with a parameter written into it, or ``default`` where that is None.
 
     Raises
     ------
     TypeError
         If ``vector`` does not hold real numbers.
     ValueError
-        If its shape is not ``(channels,)``.
+        If its shape is not that of ``row``.
     """
     if vector is None:
-        return np.full(channels, default)
-    array = as_array(vector)
-    check_vector(array, channels, name)
-    return np.ascontiguousarray(array, np.float64)
+        row.fill(default)
+    else:
+        array = as_array(vector)
+        check_vector(array, len(row), name)
+        row[...] = array
+    return row
 
 
 def check_vector(array: np.ndarray[Any, Any], channels: int, name: str) -> None:
@@ -116,28 +141,65 @@ def is_real(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "fiu" or dtype.name == "bfloat16"
 
 
-def invstd(batch: Moments, eps: float) -> Channels:
+def invstd(m2: Channels, count: int, eps: float) -> Channels:
     """Return 1 / sqrt(biased variance + eps)."""
-    with np.errstate(all="ignore"):
-        result: Channels = 1.0 / np.sqrt(batch.m2 / max(batch.count, 1) + eps)
+    return _SILENT.copy().run(_invstd, m2, max(count, 1), eps)
+
+
+def _invstd(m2: Channels, count: int, eps: float) -> Channels:
+    # Arrays of no dimensions: with Python's numbers, each operation takes twice the time.
+    n, n_eps = np.array(float(count)), np.array(count * eps)
+    result: Channels = np.sqrt(n / (m2 + n_eps))
     return result
 
 
 def update_running(
+    block: Channels,
+    count: int,
+    factor: float,
     running_mean: np.ndarray[Any, Any] | None,
     running_var: np.ndarray[Any, Any] | None,
-    batch: Moments,
-    factor: float,
 ) -> None:
     """Move the running statistics towards a batch: new = (1 - factor) * old + factor * batch.
 
     The variance that goes in is the unbiased one. Computed in float64, rounded once.
+
+    Parameters
+    ----------
+    block : ndarray
+        The block of the call: the old statistics, and the moments of the batch.
+    count : int
+        Elements per channel, 2 or more.
+    factor : float
+        The weight of the batch.
+    running_mean, running_var : ndarray or None
+        Where to write the new statistics.
     """
-    with np.errstate(all="ignore"):
-        if running_mean is not None:
-            running_mean[...] = (1.0 - factor) * running_mean.astype(np.float64) + (
-                factor * batch.mean
-            )
-        if running_var is not None:
-            unbiased = batch.m2 / (batch.count - 1)
-            running_var[...] = (1.0 - factor) * running_var.astype(np.float64) + factor * unbiased
+    _SILENT.copy().run(_update_running, block, count, factor, running_mean, running_var)
+
+
+def _update_running(
+    block: Channels,
+    count: int,
+    factor: float,
+    running_mean: np.ndarray[Any, Any] | None,
+    running_var: np.ndarray[Any, Any] | None,
+) -> None:
+    terms = block[MEAN:] * _shares(factor, count, block.shape[1])
+    new = terms[:2] + terms[2:]
+    if running_mean is not None:
+        running_mean[...] = new[0]
+    if running_var is not None:
+        running_var[...] = new[1]
+
+
+@lru_cache(maxsize=64)
+def _shares(factor: float, count: int, channels: int) -> Channels:
+    """Return the factors of the rows MEAN to BATCH_M2 in the new statistics.
+
+    Of their full shape: with one number a row, the multiplication takes three times as long.
+    """
+    column = np.array([[1.0 - factor], [1.0 - factor], [factor], [factor / (count - 1)]])
+    shares = np.repeat(column, channels, axis=1)
+    shares.flags.writeable = False
+    return shares

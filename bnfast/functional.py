@@ -3,7 +3,7 @@
 The way of a call: admit the array, check every argument, plan the layout, choose the kernels, run
 them. Nothing is written before everything is checked. The ``*_packed`` functions are the second
 half of that way, for callers whose channel vectors are float64 already: the functions here and
-`bnfast.layers`.
+`bnfast.layers`. Forward, these are the rows of one block, which `bnfast.channels` lists.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import channels, layout, registry, threads
-from bnfast.channels import Moments
+from bnfast.channels import BATCH_M2, BATCH_MEAN, BIAS, MEAN, VAR, WEIGHT, Moments
 from bnfast.checks import (
     admit,
     check_apart,
@@ -125,8 +125,7 @@ def batch_norm(
     relu = is_relu(activation)
     check_eps(eps, training)
     momentum = float(momentum)
-    packed_weight = channels.pack(weight, 1.0, count, "weight")
-    packed_bias = channels.pack(bias, 0.0, count, "bias")
+    block = _block(6 if training else 4, count, weight, bias)
     if not training:
         if running_mean is None or running_var is None:
             missing = "running_mean" if running_mean is None else "running_var"
@@ -134,19 +133,19 @@ def batch_norm(
                 f"{missing} must be defined in evaluation mode: pass it, or training=True to use "
                 "the statistics of this batch"
             )
-        mean = channels.pack(running_mean, 0.0, count, "running_mean")
-        var = channels.pack(running_var, 1.0, count, "running_var")
-        return normalize_packed(
-            x, mean, var, packed_weight, packed_bias, eps, residual, relu, out, backend
-        )
+        channels.pack(block[MEAN], running_mean, 0.0, "running_mean")
+        channels.pack(block[VAR], running_var, 1.0, "running_var")
+        return normalize_packed(x, block, eps, residual, relu, out, backend)
     check_both_running(running_mean, running_var)
-    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-        check_running(running, count, name)
-    check_apart(out, {"running_mean": running_mean, "running_var": running_var})
-    trained = train_packed(x, packed_weight, packed_bias, eps, residual, relu, out, backend)
-    if trained.batch.count:
-        channels.update_running(running_mean, running_var, trained.batch, momentum)
-    return trained.y
+    if running_mean is not None and running_var is not None:
+        check_running(running_mean, count, "running_mean")
+        check_running(running_var, count, "running_var")
+        check_apart(out, {"running_mean": running_mean, "running_var": running_var})
+        block[MEAN], block[VAR] = running_mean, running_var
+    y, n = train_packed(x, block, eps, residual, relu, out, backend)
+    if n and running_mean is not None:
+        channels.update_running(block, n, momentum, running_mean, running_var)
+    return y
 
 
 def batch_norm_with_stats(
@@ -178,10 +177,9 @@ def batch_norm_with_stats(
     count = x.shape[1]
     relu = is_relu(activation)
     check_eps(eps, training=True)
-    packed_weight = channels.pack(weight, 1.0, count, "weight")
-    packed_bias = channels.pack(bias, 0.0, count, "bias")
-    trained = train_packed(x, packed_weight, packed_bias, eps, residual, relu, out, backend)
-    return trained.y, trained.batch.mean, channels.invstd(trained.batch, eps)
+    block = _block(6, count, weight, bias)
+    y, n = train_packed(x, block, eps, residual, relu, out, backend)
+    return y, block[BATCH_MEAN], channels.invstd(block[BATCH_M2], n, eps)
 
 
 def batch_norm_backward(
@@ -241,16 +239,17 @@ def batch_norm_backward(
     relu = is_relu(activation)
     if relu and y is None:
         raise ValueError('activation="relu" needs y, the output of the forward call')
-    packed_weight = channels.pack(weight, 1.0, count, "weight")
-    packed_mean = channels.pack(channels.as_array(mean), 0.0, count, "mean")
-    packed_invstd = channels.pack(channels.as_array(invstd), 1.0, count, "invstd")
+    rows = np.empty((3, count))
+    channels.pack(rows[0], weight, 1.0, "weight")
+    channels.pack(rows[1], channels.as_array(mean), 0.0, "mean")
+    channels.pack(rows[2], channels.as_array(invstd), 1.0, "invstd")
     return backward_packed(
         dy,
         x,
         y if relu else None,
-        packed_mean,
-        packed_invstd,
-        packed_weight,
+        rows[1],
+        rows[2],
+        rows[0],
         training,
         residual,
         out,
@@ -274,7 +273,8 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
         In float64, ready to be merged with those of other batches.
     """
     x = admit(x, ndim=None)
-    kernels, plan = _dispatch(x, backend)
+    kernels = registry.choose(backend, x)
+    plan = layout.plan(x.shape, x.strides, x.dtype)
     x_form = kernels.view(x, plan)
     mean, m2 = np.empty(x.shape[1]), np.empty(x.shape[1])
     num_threads = threads.claim(x.size)
@@ -285,37 +285,28 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
     return Moments(plan.count, mean, m2)
 
 
-class Trained(NamedTuple):
-    """What a training forward leaves behind."""
-
-    y: NDArray[Any]
-    batch: Moments
-
-
 def normalize_packed(
     x: NDArray[Any],
-    mean: Channels,
-    var: Channels,
-    weight: Channels,
-    bias: Channels,
+    block: Channels,
     eps: float,
     residual: Any,
     relu: bool,
     out: Any,
     backend: str | None,
 ) -> NDArray[Any]:
-    """Run ``normalize`` on an admitted array with packed channel vectors."""
-    kernels, plan = _dispatch(x, backend)
+    """Run ``normalize`` on an admitted array with a block of channel vectors."""
+    kernels = registry.choose(backend, x)
+    plan = layout.plan(x.shape, x.strides, x.dtype)
     x_form, residual_form = _sources(x, residual, out, plan, kernels)
     y, y_form = _destination(out, plan, kernels, x)
     num_threads = threads.claim(x.size)
     try:
         kernels.normalize(
             x_form,
-            mean,
-            var,
-            weight,
-            bias,
+            block[MEAN],
+            block[VAR],
+            block[WEIGHT],
+            block[BIAS],
             eps,
             residual_form,
             y=y_form,
@@ -329,40 +320,42 @@ def normalize_packed(
 
 def train_packed(
     x: NDArray[Any],
-    weight: Channels,
-    bias: Channels,
+    block: Channels,
     eps: float,
     residual: Any,
     relu: bool,
     out: Any,
     backend: str | None,
-) -> Trained:
-    """Run ``train`` on an admitted array with packed channel vectors."""
-    kernels, plan = _dispatch(x, backend)
+) -> tuple[NDArray[Any], int]:
+    """Run ``train`` on an admitted array, and write the moments of the batch into the block.
+
+    Returns the result, and the number of elements per channel.
+    """
+    kernels = registry.choose(backend, x)
+    plan = layout.plan(x.shape, x.strides, x.dtype)
     if plan.count == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"
         )
     x_form, residual_form = _sources(x, residual, out, plan, kernels)
     y, y_form = _destination(out, plan, kernels, x)
-    mean, m2 = np.empty(weight.shape), np.empty(weight.shape)
     num_threads = threads.claim(x.size)
     try:
         kernels.train(
             x_form,
-            weight,
-            bias,
+            block[WEIGHT],
+            block[BIAS],
             eps,
             residual_form,
             y=y_form,
-            mean=mean,
-            m2=m2,
+            mean=block[BATCH_MEAN],
+            m2=block[BATCH_M2],
             relu=relu,
             num_threads=num_threads,
         )
     finally:
         threads.release(num_threads)
-    return Trained(_deliver(out, y), Moments(plan.count, mean, m2))
+    return _deliver(out, y), plan.count
 
 
 def backward_packed(
@@ -378,12 +371,14 @@ def backward_packed(
     backend: str | None,
 ) -> Gradients:
     """Run the backward kernels on an admitted array; ``y`` is given where ReLU was fused."""
-    kernels, plan = _dispatch(x, backend)
+    kernels = registry.choose(backend, x)
+    plan = layout.plan(x.shape, x.strides, x.dtype)
     dy = check_like(dy, x, "dy")
     relu = y is not None
     y_form = kernels.view(check_like(y, x, "y"), plan) if relu else None
     if out is not None:
-        check_out(out, x, may_be={"dy": dy}, may_not_be={"x": x, "y": y})
+        check_out(out, plan, may_be={"dy": dy})
+        check_apart(out, {"x": x, "y": y})
     dx, dx_form = _destination(out, plan, kernels, x)
     dresidual = kernels.empty(plan, like=x) if want_residual else None
     dresidual_form = None if dresidual is None else kernels.view(dresidual, plan)
@@ -439,9 +434,12 @@ def backward_packed(
     return Gradients(_deliver(out, dx), sum_dy_xhat, sum_dy, dresidual)
 
 
-def _dispatch(x: NDArray[Any], backend: str | None) -> tuple[Kernels, Plan]:
-    """Choose the kernels for ``x`` and plan its way to them."""
-    return registry.choose(backend, x), layout.plan(x.shape, x.strides, x.dtype)
+def _block(rows: int, count: int, weight: Any, bias: Any) -> Channels:
+    """Return a new block of channel vectors that holds the affine parameters."""
+    block = np.empty((rows, count))
+    channels.pack(block[WEIGHT], weight, 1.0, "weight")
+    channels.pack(block[BIAS], bias, 0.0, "bias")
+    return block
 
 
 def _sources(
@@ -451,7 +449,7 @@ def _sources(
     if residual is not None:
         residual = check_like(residual, x, "residual")
     if out is not None:
-        check_out(out, x, may_be={"x": x, "residual": residual})
+        check_out(out, plan, may_be={"x": x, "residual": residual})
     return kernels.view(x, plan), None if residual is None else kernels.view(residual, plan)
 
 
