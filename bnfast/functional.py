@@ -287,14 +287,14 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
 
 def normalize_packed(
     x: NDArray[Any],
-    block: Channels,
+    block: Channels | tuple[Channels, ...],
     eps: float,
     residual: Any,
     relu: bool,
     out: Any,
     backend: str | None,
 ) -> NDArray[Any]:
-    """Run ``normalize`` on an admitted array with a block of channel vectors."""
+    """Run ``normalize`` on an admitted array with a block of channel vectors, or its rows."""
     kernels = registry.choose(backend, x)
     plan = layout.plan(x.shape, x.strides, x.dtype)
     x_form, residual_form = _sources(x, residual, out, plan, kernels)
