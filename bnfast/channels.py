@@ -119,15 +119,18 @@ def pack(row: Channels, vector: Any, default: float, name: str) -> Channels:
     if vector is None:
         row.fill(default)
     else:
-        array = as_array(vector)
+        array = vector if type(vector) is np.ndarray else as_array(vector)
         check_vector(array, len(row), name)
         row[...] = array
     return row
 
 
 def check_vector(array: np.ndarray[Any, Any], channels: int, name: str) -> None:
-    """Raise unless ``array`` is a vector of ``channels`` real numbers."""
-    if not is_real(array.dtype):
+    """Raise unless ``array`` is a vector of ``channels`` real numbers.
+
+    bfloat16 holds real numbers too, though NumPy calls its kind void.
+    """
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} should hold real numbers, got dtype {array.dtype}")
     if array.shape != (channels,):
         raise ValueError(
@@ -136,14 +139,9 @@ def check_vector(array: np.ndarray[Any, Any], channels: int, name: str) -> None:
         )
 
 
-def is_real(dtype: np.dtype[Any]) -> bool:
-    """Return whether ``dtype`` holds real numbers (bfloat16, which NumPy calls void, included)."""
-    return dtype.kind in "fiu" or dtype.name == "bfloat16"
-
-
 def invstd(m2: Channels, count: int, eps: float) -> Channels:
     """Return 1 / sqrt(biased variance + eps)."""
-    return _SILENT.copy().run(_invstd, m2, max(count, 1), eps)
+    return _SILENT.copy().run(_invstd, m2, count or 1, eps)
 
 
 def _invstd(m2: Channels, count: int, eps: float) -> Channels:

@@ -84,25 +84,25 @@ def check_out(out: Any, plan: Plan, may_be: Mapping[str, NDArray[Any] | None]) -
         raise ValueError(f"out should have the shape of x, {plan.shape}, got {out.shape}")
     if out.dtype != plan.dtype:
         raise TypeError(f"out should have dtype {plan.dtype}, got {out.dtype}")
-    if not out.flags.writeable:
-        raise ValueError("out is read-only")
-    if 0 in out.strides and _repeats(out):
-        raise ValueError("out has elements that share their memory")
+    if not out.flags.carray:  # which is contiguous and writable; that covers most calls
+        if not out.flags.writeable:
+            raise ValueError("out is read-only")
+        if _repeats(out):
+            raise ValueError("out has elements that share their memory")
     for name, array in may_be.items():
-        if array is None or array is out:
-            continue
-        if _overlap(out, array) and not is_same(out, array):
+        if array is not out and _overlap(out, array) and not is_same(out, array):
             raise ValueError(f"out overlaps {name} without being {name} itself")
 
 
 def check_apart(out: NDArray[Any] | None, arrays: Mapping[str, Any]) -> None:
     """Raise ValueError if ``out`` overlaps one of ``arrays``."""
-    for name, array in arrays.items():
-        if _overlap(out, array):
-            raise ValueError(f"out overlaps {name}")
+    if out is not None:
+        for name, array in arrays.items():
+            if _overlap(out, array):
+                raise ValueError(f"out overlaps {name}")
 
 
-def is_same(a: NDArray[Any], b: NDArray[Any]) -> bool:
+def is_same(a: Any, b: Any) -> bool:
     """Return whether two arrays of one shape are the same elements in the same places."""
     if a is b or not np.may_share_memory(a, b):
         return a is b
@@ -121,8 +121,8 @@ def _repeats(array: NDArray[Any]) -> bool:
 
 
 def _overlap(a: Any, b: Any) -> bool:
-    """Return whether both are arrays that share memory, or of which that is too hard to tell."""
-    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and np.may_share_memory(a, b)):
+    """Return whether two arrays share memory, or that is too hard to tell; None shares none."""
+    if b is None or not np.may_share_memory(a, b):
         return False
     max_work: Any = 100_000  # the problem is NP-complete; NumPy's stub knows -1 and 0 alone
     try:

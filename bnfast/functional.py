@@ -240,16 +240,16 @@ def batch_norm_backward(
     if relu and y is None:
         raise ValueError('activation="relu" needs y, the output of the forward call')
     rows = np.empty((3, count))
-    channels.pack(rows[0], weight, 1.0, "weight")
-    channels.pack(rows[1], channels.as_array(mean), 0.0, "mean")
-    channels.pack(rows[2], channels.as_array(invstd), 1.0, "invstd")
+    packed_weight = channels.pack(rows[0], weight, 1.0, "weight")
+    packed_mean = channels.pack(rows[1], channels.as_array(mean), 0.0, "mean")
+    packed_invstd = channels.pack(rows[2], channels.as_array(invstd), 1.0, "invstd")
     return backward_packed(
         dy,
         x,
         y if relu else None,
-        rows[1],
-        rows[2],
-        rows[0],
+        packed_mean,
+        packed_invstd,
+        packed_weight,
         training,
         residual,
         out,

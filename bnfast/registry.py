@@ -15,7 +15,7 @@ Reasons
     returns a sentence. Any other exception is a bug in the backend and propagates.
 Cost
     `choose` is on the way of every call: about 0.1 microseconds (``benchmarks/test_choice.py``).
-    Hence the cached `_resolve`, `_environment` and `_automatic`. Only successes are cached, and a
+    Hence the cached `_default`, `_resolve` and `_automatic`. Only successes are cached, and a
     row is never replaced, so nothing cached can go stale.
 """
 
@@ -288,8 +288,7 @@ def current(argument: str | None = None) -> Choice:
         (None if argument is None else _named(argument, "the argument backend="))
         or _context_choice.get()
         or _process_choice
-        or _environment()
-        or _automatic()
+        or _default()
     )
 
 
@@ -299,11 +298,16 @@ def _instruction_set_limit() -> str:
     return os.environ.get("BNFAST_ISA", "").strip()
 
 
-@functools.cache
 def _environment() -> Choice | None:
     """Return what ``BNFAST_BACKEND`` chooses; None if it is unset or empty."""
     names = os.environ.get("BNFAST_BACKEND", "").strip()
     return _named(names, "the environment variable BNFAST_BACKEND") if names else None
+
+
+@functools.cache
+def _default() -> Choice:
+    """Return the choice where the program made none: ``BNFAST_BACKEND`` before ``auto``."""
+    return _environment() or _automatic()
 
 
 @functools.cache
@@ -448,5 +452,5 @@ def _reset() -> None:
     _table.update({entry.name: entry for entry in _BUILT_IN})
     _process_choice = None
     _announcement = threading.Lock()
-    for cached in (_environment, _instruction_set_limit, _automatic, _resolve):
+    for cached in (_default, _instruction_set_limit, _automatic, _resolve):
         cached.cache_clear()
