@@ -3,7 +3,7 @@
 The way of a call: admit the array, check every argument, plan the layout, choose the kernels, run
 them. Nothing is written before everything is checked. The ``*_packed`` functions are the second
 half of that way, for callers whose channel vectors are float64 already: the functions here and
-`bnfast.layers`. Forward, these are the rows of one block, which `bnfast.channels` lists.
+`bnfast.layers`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import channels, layout, registry, threads
-from bnfast.channels import BATCH_M2, BATCH_MEAN, BIAS, MEAN, VAR, WEIGHT, Moments
+from bnfast.channels import Moments
 from bnfast.checks import (
     admit,
     check_apart,
@@ -125,7 +125,8 @@ def batch_norm(
     relu = is_relu(activation)
     check_eps(eps, training)
     momentum = float(momentum)
-    block = _block(6 if training else 4, count, weight, bias)
+    packed_weight = channels.pack(weight, 1.0, count, "weight")
+    packed_bias = channels.pack(bias, 0.0, count, "bias")
     if not training:
         if running_mean is None or running_var is None:
             missing = "running_mean" if running_mean is None else "running_var"
@@ -133,18 +134,22 @@ def batch_norm(
                 f"{missing} must be defined in evaluation mode: pass it, or training=True to use "
                 "the statistics of this batch"
             )
-        channels.pack(block[MEAN], running_mean, 0.0, "running_mean")
-        channels.pack(block[VAR], running_var, 1.0, "running_var")
-        return normalize_packed(x, block, eps, residual, relu, out, backend)
+        mean = channels.pack(running_mean, 0.0, count, "running_mean")
+        var = channels.pack(running_var, 1.0, count, "running_var")
+        return normalize_packed(
+            x, mean, var, packed_weight, packed_bias, eps, residual, relu, out, backend
+        )
     check_both_running(running_mean, running_var)
+    statistics = np.empty((4, count))
     if running_mean is not None and running_var is not None:
         check_running(running_mean, count, "running_mean")
         check_running(running_var, count, "running_var")
         check_apart(out, {"running_mean": running_mean, "running_var": running_var})
-        block[MEAN], block[VAR] = running_mean, running_var
-    y, n = train_packed(x, block, eps, residual, relu, out, backend)
+        statistics[0], statistics[1] = running_mean, running_var
+    mean, m2 = statistics[2], statistics[3]
+    y, n = train_packed(x, packed_weight, packed_bias, mean, m2, eps, residual, relu, out, backend)
     if n and running_mean is not None:
-        channels.update_running(block, n, momentum, running_mean, running_var)
+        channels.update_running(statistics, n, momentum, running_mean, running_var)
     return y
 
 
@@ -177,9 +182,11 @@ def batch_norm_with_stats(
     count = x.shape[1]
     relu = is_relu(activation)
     check_eps(eps, training=True)
-    block = _block(6, count, weight, bias)
-    y, n = train_packed(x, block, eps, residual, relu, out, backend)
-    return y, block[BATCH_MEAN], channels.invstd(block[BATCH_M2], n, eps)
+    packed_weight = channels.pack(weight, 1.0, count, "weight")
+    packed_bias = channels.pack(bias, 0.0, count, "bias")
+    mean, m2 = np.empty(count), np.empty(count)
+    y, n = train_packed(x, packed_weight, packed_bias, mean, m2, eps, residual, relu, out, backend)
+    return y, mean, channels.invstd(m2, n, eps)
 
 
 def batch_norm_backward(
@@ -239,10 +246,9 @@ def batch_norm_backward(
     relu = is_relu(activation)
     if relu and y is None:
         raise ValueError('activation="relu" needs y, the output of the forward call')
-    rows = np.empty((3, count))
-    packed_weight = channels.pack(rows[0], weight, 1.0, "weight")
-    packed_mean = channels.pack(rows[1], channels.as_array(mean), 0.0, "mean")
-    packed_invstd = channels.pack(rows[2], channels.as_array(invstd), 1.0, "invstd")
+    packed_weight = channels.pack(weight, 1.0, count, "weight")
+    packed_mean = channels.pack(channels.as_array(mean), 0.0, count, "mean")
+    packed_invstd = channels.pack(channels.as_array(invstd), 1.0, count, "invstd")
     return backward_packed(
         dy,
         x,
@@ -287,14 +293,17 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
 
 def normalize_packed(
     x: NDArray[Any],
-    block: Channels | tuple[Channels, ...],
+    mean: Channels,
+    var: Channels,
+    weight: Channels,
+    bias: Channels,
     eps: float,
     residual: Any,
     relu: bool,
     out: Any,
     backend: str | None,
 ) -> NDArray[Any]:
-    """Run ``normalize`` on an admitted array with a block of channel vectors, or its rows."""
+    """Run ``normalize`` on an admitted array with packed channel vectors."""
     kernels = registry.choose(backend, x)
     plan = layout.plan(x.shape, x.strides, x.dtype)
     x_form, residual_form = _sources(x, residual, out, plan, kernels)
@@ -303,10 +312,10 @@ def normalize_packed(
     try:
         kernels.normalize(
             x_form,
-            block[MEAN],
-            block[VAR],
-            block[WEIGHT],
-            block[BIAS],
+            mean,
+            var,
+            weight,
+            bias,
             eps,
             residual_form,
             y=y_form,
@@ -320,14 +329,17 @@ def normalize_packed(
 
 def train_packed(
     x: NDArray[Any],
-    block: Channels,
+    weight: Channels,
+    bias: Channels,
+    mean: Channels,
+    m2: Channels,
     eps: float,
     residual: Any,
     relu: bool,
     out: Any,
     backend: str | None,
 ) -> tuple[NDArray[Any], int]:
-    """Run ``train`` on an admitted array, and write the moments of the batch into the block.
+    """Run ``train`` on an admitted array with packed channel vectors; fill ``mean`` and ``m2``.
 
     Returns the result, and the number of elements per channel.
     """
@@ -343,13 +355,13 @@ def train_packed(
     try:
         kernels.train(
             x_form,
-            block[WEIGHT],
-            block[BIAS],
+            weight,
+            bias,
             eps,
             residual_form,
             y=y_form,
-            mean=block[BATCH_MEAN],
-            m2=block[BATCH_M2],
+            mean=mean,
+            m2=m2,
             relu=relu,
             num_threads=num_threads,
         )
@@ -432,14 +444,6 @@ def backward_packed(
     finally:
         threads.release(num_threads)
     return Gradients(_deliver(out, dx), sum_dy_xhat, sum_dy, dresidual)
-
-
-def _block(rows: int, count: int, weight: Any, bias: Any) -> Channels:
-    """Return a new block of channel vectors that holds the affine parameters."""
-    block = np.empty((rows, count))
-    channels.pack(block[WEIGHT], weight, 1.0, "weight")
-    channels.pack(block[BIAS], bias, 0.0, "bias")
-    return block
 
 
 def _sources(

@@ -21,16 +21,18 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bnfast import channels, registry
-from bnfast.channels import BATCH_M2, BATCH_MEAN, FLOAT64, WEIGHT
+from bnfast.channels import FLOAT64
 from bnfast.checks import admit, check_both_running, check_eps, is_relu, is_same
 from bnfast.functional import backward_packed, normalize_packed, train_packed
 from bnfast.spec import Channels
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
-_Saved: TypeAlias = tuple[NDArray[Any], NDArray[Any] | None, Channels, int, float, bool]
-"""What a training forward leaves for `backward`: x, y where ReLU was fused, the block of channel
-vectors, elements per channel, eps, and whether there was a residual."""
+_Saved: TypeAlias = tuple[
+    NDArray[Any], NDArray[Any] | None, Channels, Channels, int, Channels, float, bool
+]
+"""What a training forward leaves for `backward`: x, y where ReLU was fused, the moments of the
+batch (mean, m2, elements per channel), weight, eps, and whether there was a residual."""
 
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 _NEUTRAL = (1.0, 0.0, 0.0, 1.0)
@@ -157,24 +159,30 @@ class _BatchNorm:
             check_both_running(self._views[2], self._views[3])
         if not self.training and self._views[2] is not None:
             check_eps(self.eps, training=False)
-            rows = self._packed()
-            return normalize_packed(x, rows, self.eps, residual, relu, out, self.backend)
+            weight, bias, mean, var = self._packed()
+            return normalize_packed(
+                x, mean, var, weight, bias, self.eps, residual, relu, out, self.backend
+            )
         check_eps(self.eps, training=True)
         count = None if self.num_batches_tracked is None else self.num_batches_tracked + 1
         factor = self._factor(count)
-        block = np.empty((6, self.num_features))
-        block[:4] = self._table
-        y, n = train_packed(x, block, self.eps, residual, relu, out, self.backend)
+        rows = np.empty((6, self.num_features))  # those of the table, and the batch's moments
+        rows[:4] = self._table
+        weight, mean, m2 = rows[0], rows[4], rows[5]
+        y, n = train_packed(
+            x, weight, rows[1], mean, m2, self.eps, residual, relu, out, self.backend
+        )
         if tracked:
             self.num_batches_tracked = count
             if n:
-                channels.update_running(block, n, factor, self._views[2], self._views[3])
+                channels.update_running(rows[2:], n, factor, self._views[2], self._views[3])
         if self.training:
             if out is not None and is_same(out, x):
                 self._saved = "its input was overwritten by out=x"
             else:
                 # y only where backward needs it: else its memory is the next call's, still cached.
-                self._saved = x, y if relu else None, block, n, self.eps, residual is not None
+                kept = y if relu else None
+                self._saved = x, kept, mean, m2, n, weight, self.eps, residual is not None
         return y
 
     def _packed(self) -> tuple[Channels, ...]:
@@ -223,10 +231,10 @@ class _BatchNorm:
         saved = self._saved
         if isinstance(saved, str):
             raise RuntimeError(f"no gradient: {saved}")
-        x, y, block, n, eps, residual = saved
-        invstd = channels.invstd(block[BATCH_M2], n, eps)
+        x, y, mean, m2, n, weight, eps, residual = saved
+        invstd = channels.invstd(m2, n, eps)
         gradients = backward_packed(
-            dy, x, y, block[BATCH_MEAN], invstd, block[WEIGHT], True, residual, None, self.backend
+            dy, x, y, mean, invstd, weight, True, residual, None, self.backend
         )
         dtype = self._table.dtype
         if self._views[0] is not None:

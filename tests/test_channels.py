@@ -76,12 +76,18 @@ def test_counts_beyond_32_bits():
 
 
 def test_pack():
-    block = np.empty((3, 2))
-    assert np.shares_memory(channels.pack(block[0], None, 3.0, "weight"), block[0])
-    strided = np.arange(6, dtype=np.float32)[::-3]
-    assert np.shares_memory(channels.pack(block[1], strided, 0.0, "weight"), block[1])
-    channels.pack(block[2], [True + 6, 8], 0.0, "weight")
-    np.testing.assert_array_equal(block, [[3.0, 3.0], [5.0, 2.0], [7.0, 8.0]])
+    for vector, expected in (
+        (None, [3.0, 3.0]),
+        (np.arange(6, dtype=np.float32)[::-3], [5.0, 2.0]),
+        (np.arange(6.0)[::-3], [5.0, 2.0]),
+        (np.arange(6, dtype=">f8")[::3], [0.0, 3.0]),
+        ([7, 8], [7.0, 8.0]),
+    ):
+        packed = channels.pack(vector, 3.0, 2, "weight")
+        assert packed.dtype == np.float64
+        assert packed.dtype.isnative
+        assert packed.flags.c_contiguous
+        np.testing.assert_array_equal(packed, expected)
 
 
 def test_real_dtypes():
@@ -98,10 +104,9 @@ def test_real_dtypes():
 @pytest.mark.parametrize("factor", [0.0, 0.1, 0.5, 1.0, -1.0, 2.5])
 def test_update_running(rng, dtype, factor):
     mean, var = rng.uniform(0.5, 2, (2, 4)).astype(dtype)
-    unused = np.full(4, np.nan)
-    block = np.array([unused, unused, mean, var, rng.normal(size=4), rng.uniform(1, 9, 4)])
-    _, _, old_mean, old_var, batch_mean, batch_m2 = block.astype(np.longdouble)
-    channels.update_running(block, 11, factor, mean, var)
+    statistics = np.array([mean, var, rng.normal(size=4), rng.uniform(1, 9, 4)])
+    old_mean, old_var, batch_mean, batch_m2 = statistics.astype(np.longdouble)
+    channels.update_running(statistics, 11, factor, mean, var)
     long = np.longdouble(factor)
     for new, old, fresh in ((mean, old_mean, batch_mean), (var, old_var, batch_m2 / 10)):
         expected = (1 - long) * old + long * fresh
@@ -111,21 +116,19 @@ def test_update_running(rng, dtype, factor):
 
 
 def test_update_running_skips_what_is_not_there():
-    block = np.array([[1.0], [0.0], [0.0], [0.0], [1.0], [1.0]])
+    statistics = np.array([[0.0], [0.0], [1.0], [1.0]])
     mean, var = np.zeros(1), np.zeros(1)
-    channels.update_running(block, 2, 1.0, mean, None)
-    channels.update_running(block, 2, 1.0, None, var)
+    channels.update_running(statistics, 2, 1.0, mean, None)
+    channels.update_running(statistics, 2, 1.0, None, var)
     assert (mean[0], var[0]) == (1.0, 1.0)
 
 
 def test_update_running_is_silent_and_leaves_the_warnings_of_numpy_alone():
     """What does not fit becomes an infinity; inf - inf is NaN; neither is worth a warning."""
-    block = np.zeros((6, 2))
-    block[channels.BATCH_MEAN] = 1e300, np.inf
-    block[channels.MEAN] = 0.0, -np.inf
+    statistics = np.array([[0.0, -np.inf], [1.0, 1.0], [1e300, np.inf], [1.0, 1.0]])
     mean, var = np.zeros(2, np.float32), np.zeros(2, np.float32)
     with np.errstate(all="raise"):
-        channels.update_running(block, 2, 0.5, mean, var)
+        channels.update_running(statistics, 2, 0.5, mean, var)
         with pytest.raises(FloatingPointError):
             np.ones(1) / np.zeros(1)
     np.testing.assert_array_equal(mean, [np.inf, np.nan])
