@@ -9,6 +9,7 @@ from bnfast.channels import Moments
 from bnfast.config import show_config
 from bnfast.errors import BackendUnavailableError, UnknownBackendError
 from bnfast.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bnfast.memory import empty_cache
 from bnfast.registry import (
     Backend,
     get_backend,
@@ -27,6 +28,7 @@ __all__ = [
     "BatchNorm3d",
     "Moments",
     "UnknownBackendError",
+    "empty_cache",
     "functional",
     "get_backend",
     "get_num_threads",

@@ -1,7 +1,7 @@
 """The report on an installation: what can run here, what is in use and who decided it, versions.
 
 It is made to be pasted into a bug report, so it has to come out whole where the configuration
-itself is the bug: a bad ``BNFAST_BACKEND`` or ``BNFAST_NUM_THREADS`` is a line of the report.
+itself is the bug: a bad value in one of the ``BNFAST_`` variables is a line of the report.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from bnfast import registry, threads
+from bnfast import memory, registry, threads
 from bnfast.errors import BackendUnavailableError, UnknownBackendError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
 @overload
 def show_config(mode: Literal["dict"]) -> dict[str, Any]: ...
 def show_config(mode: Literal["stdout", "dict"] = "stdout") -> dict[str, Any] | None:
-    """Report the backends, the choice among them, the threads, and versions.
+    """Report the backends, the choice among them, the threads, the memory kept, and versions.
 
     ``python -m bnfast`` prints the same. All backends are imported for it, which takes a second
     where Numba is installed.
@@ -44,6 +44,7 @@ def show_config(mode: Literal["stdout", "dict"] = "stdout") -> dict[str, Any] | 
         ``platform``; ``backends``, for each name ``available``, ``reason``, ``install``,
         ``module``, ``instruction_set`` and ``openmp`` (None where a backend does not say);
         ``backend`` (``name``, ``chosen_by``, ``error``); ``threads`` (``count``, ``source``,
+        ``error``); ``cache`` (``idle``, the bytes kept for reuse, ``limit``, ``source``,
         ``error``).
 
     Raises
@@ -83,6 +84,7 @@ def _collect() -> dict[str, Any]:
         "backends": backends,
         "backend": _chosen_backend(),
         "threads": _thread_count(),
+        "cache": _memory_kept(),
     }
 
 
@@ -114,6 +116,15 @@ def _thread_count() -> dict[str, Any]:
     return {"count": count.number, "source": count.source, "error": None}
 
 
+def _memory_kept() -> dict[str, Any]:
+    idle = memory.idle()
+    try:
+        limit = memory.current()
+    except ValueError as error:
+        return {"idle": idle, "limit": None, "source": None, "error": str(error)}
+    return {"idle": idle, "limit": limit.size, "source": limit.source, "error": None}
+
+
 def _built_with_cython() -> str | None:
     """Return the version of Cython that translated the extension in use, if one is."""
     for kernels in registry.loaded():
@@ -136,6 +147,7 @@ def _lines(config: dict[str, Any]) -> Iterator[str]:
     versions = config["versions"]
     backend = config["backend"]
     count = config["threads"]
+    cache = config["cache"]
     yield from _entry(
         "versions", ", ".join(f"{name} {number or '(none)'}" for name, number in versions.items())
     )
@@ -154,6 +166,11 @@ def _lines(config: dict[str, Any]) -> Iterator[str]:
         "in use", backend["error"] or f"{backend['name']}, chosen by {backend['chosen_by']}"
     )
     yield from _entry("threads", count["error"] or f"{count['count']}, from {count['source']}")
+    yield from _entry(
+        "cache",
+        cache["error"]
+        or f"{cache['idle']} bytes idle, {cache['limit']} at most, from {cache['source']}",
+    )
 
 
 def _entry(label: str, text: str) -> Iterator[str]:

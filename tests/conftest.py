@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast import registry
+from bnfast import memory, registry
 from bnfast.testing import seeding
 
 if TYPE_CHECKING:
@@ -132,6 +132,20 @@ def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry._reset()
     yield
     registry._reset()
+
+
+@pytest.fixture
+def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object], None]]:
+    """Start and end a test without recycled memory; return a function that sets the bound on it."""
+
+    def set_bound(size: object) -> None:
+        monkeypatch.setenv("BNFAST_CACHE_BYTES", str(size))
+        memory._reset()
+
+    monkeypatch.delenv("BNFAST_CACHE_BYTES", raising=False)
+    memory._reset()
+    yield set_bound
+    memory._reset()
 
 
 @pytest.fixture

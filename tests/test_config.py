@@ -14,20 +14,27 @@ import pytest
 from fresh_python import run
 
 import bnfast
-from bnfast import registry, threads
+from bnfast import memory, registry, threads
 from bnfast.__main__ import main
 
 
 @pytest.fixture(autouse=True)
 def fresh_state(monkeypatch):
     """Start and end every test in the state right after import, with the variables unset."""
-    for variable in ("BNFAST_BACKEND", "BNFAST_NUM_THREADS", "OMP_NUM_THREADS"):
+    for variable in (
+        "BNFAST_BACKEND",
+        "BNFAST_CACHE_BYTES",
+        "BNFAST_NUM_THREADS",
+        "OMP_NUM_THREADS",
+    ):
         monkeypatch.delenv(variable, raising=False)
     registry._reset()
     threads._reset()
+    memory._reset()
     yield
     registry._reset()
     threads._reset()
+    memory._reset()
 
 
 @pytest.fixture
@@ -59,7 +66,7 @@ def test_dict(stand_in):
     stand_in(OPENMP=True, CYTHON_VERSION="3.3.1")
     bnfast.set_num_threads(3)
     config = bnfast.show_config(mode="dict")
-    assert list(config) == ["versions", "platform", "backends", "backend", "threads"]
+    assert list(config) == ["versions", "platform", "backends", "backend", "threads", "cache"]
     assert list(config["versions"]) == ["bnfast", "python", "numpy", "numba", "cython"]
     assert config["versions"]["numpy"] == np.__version__
     assert config["versions"]["cython"] == "3.3.1"
@@ -75,6 +82,12 @@ def test_dict(stand_in):
     assert config["backends"]["cuda"]["instruction_set"] is None
     assert config["backend"] == {"name": "cython", "chosen_by": "auto", "error": None}
     assert config["threads"] == {"count": 3, "source": "set_num_threads()", "error": None}
+    assert config["cache"] == {
+        "idle": 0,
+        "limit": 268435456,
+        "source": "the default",
+        "error": None,
+    }
     assert json.loads(json.dumps(config)) == config
 
 
@@ -112,17 +125,31 @@ def test_choice_and_its_maker_are_shown(capsys):
     assert line(report, "threads") == "2, from use_num_threads()"
 
 
+def test_memory_kept_is_shown(monkeypatch, capsys):
+    monkeypatch.setenv("BNFAST_CACHE_BYTES", "20000000")
+    x = np.ones((1, 2, 1024, 1024), np.float32)
+    bnfast.BatchNorm2d(2)(x)
+    assert bnfast.show_config("dict")["cache"]["idle"] == x.nbytes
+    assert line(printed(capsys), "cache") == (
+        "8388608 bytes idle, 20000000 at most, from the environment variable BNFAST_CACHE_BYTES"
+    )
+
+
 def test_bad_settings_are_lines_of_the_report(monkeypatch, capsys):
     monkeypatch.setenv("BNFAST_BACKEND", "nunba")
     monkeypatch.setenv("BNFAST_NUM_THREADS", "two")
+    monkeypatch.setenv("BNFAST_CACHE_BYTES", "1 GB")
     config = bnfast.show_config("dict")
     assert config["backend"]["name"] is None
     assert config["backend"]["error"].startswith("unknown backend 'nunba' (asked for by the env")
     assert config["threads"]["count"] is None
     assert config["threads"]["error"].startswith("the environment variable BNFAST_NUM_THREADS must")
+    assert config["cache"]["limit"] is None
+    assert config["cache"]["error"].startswith("the environment variable BNFAST_CACHE_BYTES must")
     report = printed(capsys)
     assert line(report, "in use").startswith("unknown backend 'nunba'")
     assert line(report, "threads").startswith("the environment variable BNFAST_NUM_THREADS")
+    assert line(report, "cache").startswith("the environment variable BNFAST_CACHE_BYTES")
     monkeypatch.setenv("BNFAST_BACKEND", "cuda")
     assert line(printed(capsys), "in use").startswith("backend 'cuda' (asked for by the env")
 

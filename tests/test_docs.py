@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast import registry, threads
+from bnfast import memory, registry, threads
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {
@@ -39,6 +39,7 @@ def as_after_import() -> Iterator[None]:
     yield
     registry._reset()
     threads._reset()
+    memory._reset()
 
 
 @pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if FENCED.search(text)])

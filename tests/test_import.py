@@ -67,5 +67,6 @@ def test_import_reads_no_variable():
         BNFAST_BACKEND="nonsense",
         BNFAST_NUM_THREADS="nonsense",
         BNFAST_ISA="nonsense",
+        BNFAST_CACHE_BYTES="nonsense",
     )
     assert printed == "imported"

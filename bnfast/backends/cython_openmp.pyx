@@ -19,11 +19,11 @@ cnp.import_array()
 cdef extern from "kernels/tasks.h" nogil:
     ctypedef struct bn_kernels:
         pass
-    ctypedef struct bn_tiling:
+    ctypedef struct bn_cut:
         Py_ssize_t count
     ctypedef struct bn_call:
-        Py_ssize_t channels, inner, rows, spans
-        bn_tiling tiles, units
+        Py_ssize_t channels, rows, spans, slabs
+        bn_cut tiles, units
         const char *x
         const char *residual
         const char *dy
@@ -40,31 +40,34 @@ cdef extern from "kernels/tasks.h" nogil:
         const double *bias
         const double *invstd
         double eps, count
-        int relu
+        int relu, stream
     ctypedef void (*bn_task)(bn_call *, Py_ssize_t) noexcept nogil
     const bn_kernels *bn_table[][2]
     int bn_highest_level()
-    void bn_describe(bn_call *, const bn_kernels *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int)
+    Py_ssize_t bn_core_cache, bn_last_cache
+    void bn_describe(
+        bn_call *, const bn_kernels *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, Py_ssize_t, Py_ssize_t
+    )
+    bint bn_outgrows(const bn_call *, Py_ssize_t)
     void *bn_allocate(bn_call *, int needs)
     enum:
         BN_MOMENTS, BN_SUMS, BN_AFFINE, BN_GRADIENT
     Py_ssize_t bn_panels(const bn_call *)
     Py_ssize_t bn_groups(const bn_call *)
+    Py_ssize_t bn_preludes(const bn_call *)
+    void bn_affine_prelude(bn_call *, Py_ssize_t) noexcept
+    void bn_gradient_prelude(bn_call *, Py_ssize_t) noexcept
+    void bn_wide_mean_prelude(bn_call *, Py_ssize_t) noexcept
     void bn_combine_moments(bn_call *, Py_ssize_t) noexcept
     void bn_combine_sums(bn_call *, Py_ssize_t) noexcept
-    void bn_find_affine(bn_call *, Py_ssize_t) noexcept
-    void bn_find_gradient(bn_call *, Py_ssize_t) noexcept
-    void bn_find_wide_mean(bn_call *, Py_ssize_t) noexcept
-    void bn_pack_affine(bn_call *, Py_ssize_t) noexcept
-    void bn_pack_gradient(bn_call *, Py_ssize_t) noexcept
     void bn_moments_to_affine(bn_call *, Py_ssize_t) noexcept
     void bn_sums_to_gradient(bn_call *, Py_ssize_t) noexcept
     void bn_row_moments(bn_call *, Py_ssize_t) noexcept
     void bn_row_sums(bn_call *, Py_ssize_t) noexcept
     void bn_row_normalize(bn_call *, Py_ssize_t) noexcept
     void bn_row_gradient(bn_call *, Py_ssize_t) noexcept
-    void bn_channel_train(bn_call *, Py_ssize_t) noexcept
-    void bn_channel_backward(bn_call *, Py_ssize_t) noexcept
+    void bn_slab_train(bn_call *, Py_ssize_t) noexcept
+    void bn_slab_backward(bn_call *, Py_ssize_t) noexcept
     void bn_column_moments(bn_call *, Py_ssize_t) noexcept
     void bn_column_sums(bn_call *, Py_ssize_t) noexcept
     void bn_column_normalize(bn_call *, Py_ssize_t) noexcept
@@ -128,17 +131,20 @@ cdef struct Phase:
 cdef void run(bn_call *call, const Phase *phases, int count, int num_threads) noexcept nogil:
     """Run the phases one after the other, the parts of each in any order.
 
-    One thread does not enter the OpenMP runtime, where even a region of one costs 1.2 us.
+    One thread does not enter the OpenMP runtime, where even a region of one costs 1.2 us; a first
+    phase of at most one part is over before another thread has come.
     """
-    cdef int p = 0
+    cdef int p = 0, alone = count
     cdef Py_ssize_t part
-    if num_threads <= 1 or not BN_OPENMP:
-        for p in range(count):
-            for part in range(phases[p].parts):
-                phases[p].task(call, part)
+    if num_threads > 1 and BN_OPENMP:
+        alone = phases[0].parts <= 1
+    for p in range(alone):
+        for part in range(phases[p].parts):
+            phases[p].task(call, part)
+    if alone == count:
         return
     with parallel(num_threads=num_threads):
-        for p in range(count):
+        for p in range(alone, count):
             for part in prange(phases[p].parts, schedule="static"):
                 phases[p].task(call, part)
 
@@ -151,8 +157,8 @@ cdef inline double *channels(cnp.ndarray vector) noexcept:
     return <double *>cnp.PyArray_DATA(vector)
 
 
-cdef inline void describe(bn_call *call, cnp.ndarray x) noexcept:
-    """Describe a call on arrays like ``x``."""
+cdef inline void describe(bn_call *call, cnp.ndarray x, int arrays, int num_threads) noexcept:
+    """Describe a call on arrays like ``x``, of which so many are read twice."""
     cdef bint last = cnp.PyArray_NDIM(x) == 2
     bn_describe(
         call,
@@ -161,6 +167,8 @@ cdef inline void describe(bn_call *call, cnp.ndarray x) noexcept:
         cnp.PyArray_DIM(x, 1),
         1 if last else cnp.PyArray_DIM(x, 2),
         last,
+        arrays,
+        num_threads,
     )
     call.x = address(x)
 
@@ -179,14 +187,10 @@ cdef int start(
 
 
 cdef inline bint keeps_channels_whole(const bn_call *call, int num_threads) noexcept nogil:
-    """Whether each channel is best done by one thread, in its cache.
-
-    Not if threads would idle, and not for short runs: the second pass over a channel would be as
-    scattered as the first (7x7 planes: 1.2 times slower in training, 1.4 backward).
-    """
-    if call.inner < 128:
+    """Whether each channel is best done by one thread, in its cache: not if threads would idle."""
+    if call.slabs == 0:
         return False
-    return call.channels % num_threads == 0 or call.channels >= 8 * num_threads
+    return call.slabs % num_threads == 0 or call.slabs >= 8 * num_threads
 
 
 def moments(
@@ -197,12 +201,12 @@ def moments(
     """See `bnfast.spec.Kernels.moments`."""
     cdef bn_call call
     cdef Phase[2] phases
-    describe(&call, x)
+    describe(&call, x, 1, num_threads)
     call.mean, call.m2 = channels(mean), channels(m2)
     if call.rows:
         phases[0] = Phase(bn_column_moments, bn_panels(&call))
     else:
-        phases[0] = Phase(bn_row_moments, call.channels * call.tiles.count)
+        phases[0] = Phase(bn_row_moments, call.slabs * call.tiles.count)
     phases[1] = Phase(bn_combine_moments, bn_groups(&call))
     start(&call, phases, 2, num_threads, BN_MOMENTS)
 
@@ -215,19 +219,18 @@ def normalize(
 ):
     """See `bnfast.spec.Kernels.normalize`."""
     cdef bn_call call
-    cdef Phase[3] phases
-    describe(&call, x)
+    cdef Phase[2] phases
+    describe(&call, x, 1, num_threads)
     call.mean, call.var = channels(mean), channels(var)
     call.weight, call.bias = channels(weight), channels(bias)
     call.eps, call.relu = eps, relu
-    call.residual, call.y = address(residual), address(y)
-    phases[0] = Phase(bn_find_affine, call.channels)
-    phases[1] = Phase(bn_pack_affine, 1)
+    write_forward(&call, residual, y)
+    phases[0] = Phase(bn_affine_prelude, bn_preludes(&call))
     if call.rows:
-        phases[2] = Phase(bn_column_normalize, call.spans)
+        phases[1] = Phase(bn_column_normalize, call.spans)
     else:
-        phases[2] = Phase(bn_row_normalize, call.units.count)
-    start(&call, phases, 3, num_threads, BN_AFFINE)
+        phases[1] = Phase(bn_row_normalize, call.units.count)
+    start(&call, phases, 2, num_threads, BN_AFFINE)
 
 
 def train(
@@ -237,25 +240,30 @@ def train(
 ):
     """See `bnfast.spec.Kernels.train`."""
     cdef bn_call call
-    cdef Phase[4] phases
-    cdef int count = 4
-    describe(&call, x)
+    cdef Phase[3] phases
+    cdef int count = 3
+    describe(&call, x, 1, num_threads)
     call.mean, call.m2 = channels(mean), channels(m2)
     call.weight, call.bias = channels(weight), channels(bias)
     call.eps, call.relu = eps, relu
-    call.residual, call.y = address(residual), address(y)
+    write_forward(&call, residual, y)
     phases[1] = Phase(bn_moments_to_affine, bn_groups(&call))
-    phases[2] = Phase(bn_pack_affine, 1)
     if call.rows:
         phases[0] = Phase(bn_column_moments, bn_panels(&call))
-        phases[3] = Phase(bn_column_normalize, call.spans)
+        phases[2] = Phase(bn_column_normalize, call.spans)
     elif keeps_channels_whole(&call, num_threads):
-        phases[0] = Phase(bn_channel_train, call.channels)
+        phases[0] = Phase(bn_slab_train, call.slabs)
         count = 1
     else:
-        phases[0] = Phase(bn_row_moments, call.channels * call.tiles.count)
-        phases[3] = Phase(bn_row_normalize, call.units.count)
+        phases[0] = Phase(bn_row_moments, call.slabs * call.tiles.count)
+        phases[2] = Phase(bn_row_normalize, call.units.count)
     start(&call, phases, count, num_threads, BN_MOMENTS | BN_AFFINE)
+
+
+cdef inline void write_forward(bn_call *call, cnp.ndarray residual, cnp.ndarray y) noexcept:
+    """Describe what a forward call adds, and where and how it writes."""
+    call.residual, call.y = address(residual), address(y)
+    call.stream = call.y != call.x and call.y != call.residual and bn_outgrows(call, 2)
 
 
 def backward_sums(
@@ -266,20 +274,11 @@ def backward_sums(
     """See `bnfast.spec.Kernels.backward_sums`."""
     cdef bn_call call
     cdef Phase[3] phases
-    cdef int count
-    describe(&call, x)
-    call.dy, call.y_in = address(dy), address(y)
-    call.mean, call.invstd = channels(mean), channels(invstd)
+    read_backward(&call, dy, x, y, mean, invstd, num_threads)
     call.sum_dy, call.sum_dy_xhat = channels(sum_dy), channels(sum_dy_xhat)
-    if call.rows:
-        phases[0] = Phase(bn_find_wide_mean, call.channels)
-        phases[1] = Phase(bn_column_sums, bn_panels(&call))
-        count = 2
-    else:
-        phases[0] = Phase(bn_row_sums, call.channels * call.tiles.count)
-        count = 1
-    phases[count] = Phase(bn_combine_sums, bn_groups(&call))
-    start(&call, phases, count + 1, num_threads, BN_SUMS)
+    sum_phases(&call, phases)
+    phases[2] = Phase(bn_combine_sums, bn_groups(&call))
+    start(&call, phases, 3, num_threads, BN_SUMS)
 
 
 def backward_input(
@@ -290,20 +289,14 @@ def backward_input(
 ):
     """See `bnfast.spec.Kernels.backward_input`."""
     cdef bn_call call
-    cdef Phase[3] phases
-    describe(&call, x)
-    call.dy, call.y_in = address(dy), address(y)
-    call.mean, call.invstd, call.weight = channels(mean), channels(invstd), channels(weight)
+    cdef Phase[2] phases
+    read_backward(&call, dy, x, y, mean, invstd, num_threads)
     call.sum_dy, call.sum_dy_xhat = channels(sum_dy), channels(sum_dy_xhat)
-    call.count = count
-    call.dx, call.dresidual = address(dx), address(dresidual)
-    phases[0] = Phase(bn_find_gradient, call.channels)
-    phases[1] = Phase(bn_pack_gradient, 1)
-    if call.rows:
-        phases[2] = Phase(bn_column_gradient, call.spans)
-    else:
-        phases[2] = Phase(bn_row_gradient, call.units.count)
-    start(&call, phases, 3, num_threads, BN_GRADIENT)
+    call.weight, call.count = channels(weight), count
+    write_backward(&call, dx, dresidual)
+    phases[0] = Phase(bn_gradient_prelude, bn_preludes(&call))
+    phases[1] = gradient_phase(&call)
+    start(&call, phases, 2, num_threads, BN_GRADIENT)
 
 
 def backward(
@@ -314,24 +307,49 @@ def backward(
 ):
     """See `bnfast.spec.Kernels.backward`."""
     cdef bn_call call
-    cdef Phase[5] phases
-    cdef int count = 5
-    describe(&call, x)
-    call.dy, call.y_in = address(dy), address(y)
-    call.mean, call.invstd, call.weight = channels(mean), channels(invstd), channels(weight)
+    cdef Phase[4] phases
+    cdef int count = 4
+    read_backward(&call, dy, x, y, mean, invstd, num_threads)
     call.sum_dy, call.sum_dy_xhat = channels(sum_dy), channels(sum_dy_xhat)
-    call.dx, call.dresidual = address(dx), address(dresidual)
-    phases[2] = Phase(bn_sums_to_gradient, bn_groups(&call))
-    phases[3] = Phase(bn_pack_gradient, 1)
-    if call.rows:
-        phases[0] = Phase(bn_find_wide_mean, call.channels)
-        phases[1] = Phase(bn_column_sums, bn_panels(&call))
-        phases[4] = Phase(bn_column_gradient, call.spans)
-    elif keeps_channels_whole(&call, num_threads):
-        phases[0] = Phase(bn_channel_backward, call.channels)
+    call.weight = channels(weight)
+    write_backward(&call, dx, dresidual)
+    if not call.rows and keeps_channels_whole(&call, num_threads):
+        phases[0] = Phase(bn_slab_backward, call.slabs)
         count = 1
     else:
-        phases[0] = Phase(bn_row_sums, call.channels * call.tiles.count)
-        phases[1].parts = 0
-        phases[4] = Phase(bn_row_gradient, call.units.count)
+        sum_phases(&call, phases)
+        phases[2] = Phase(bn_sums_to_gradient, bn_groups(&call))
+        phases[3] = gradient_phase(&call)
     start(&call, phases, count, num_threads, BN_SUMS | BN_GRADIENT)
+
+
+cdef inline void read_backward(
+    bn_call *call, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray y, cnp.ndarray mean,
+    cnp.ndarray invstd, int num_threads,
+) noexcept:
+    """Describe what a backward call reads."""
+    describe(call, x, 2 if y is None else 3, num_threads)
+    call.dy, call.y_in = address(dy), address(y)
+    call.mean, call.invstd = channels(mean), channels(invstd)
+
+
+cdef inline void write_backward(bn_call *call, cnp.ndarray dx, cnp.ndarray dresidual) noexcept:
+    """Describe where and how a backward call writes."""
+    call.dx, call.dresidual = address(dx), address(dresidual)
+    call.stream = call.dx != call.dy and bn_outgrows(call, 3)
+
+
+cdef inline void sum_phases(bn_call *call, Phase *phases) noexcept:
+    """Name the two phases that leave the sums of all parts in the table."""
+    if call.rows:
+        phases[0] = Phase(bn_wide_mean_prelude, bn_preludes(call))
+        phases[1] = Phase(bn_column_sums, bn_panels(call))
+    else:
+        phases[0] = Phase(bn_row_sums, 0)
+        phases[1] = Phase(bn_row_sums, call.slabs * call.tiles.count)
+
+
+cdef inline Phase gradient_phase(const bn_call *call) noexcept:
+    if call.rows:
+        return Phase(bn_column_gradient, call.spans)
+    return Phase(bn_row_gradient, call.units.count)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bnfast import memory
 from bnfast.layout import Plan
 from bnfast.spec import Floats
 
@@ -25,7 +26,7 @@ def view(x: Any, plan: Plan) -> Floats:
         x = x.transpose(plan.axes)
     flags = x.flags
     if not (flags.c_contiguous and flags.aligned and x.dtype == plan.dtype):
-        copy = np.empty(x.shape, plan.dtype)
+        copy = _allocate(x.shape, plan.dtype, x.nbytes)
         np.copyto(copy, x)
         x = copy
     form: Floats = x.reshape(plan.kernel_shape)
@@ -35,5 +36,10 @@ def view(x: Any, plan: Plan) -> Floats:
 def empty(plan: Plan, like: Any) -> Any:
     """Return a new, uninitialised array of ``plan.shape`` in the memory order of ``plan``."""
     if plan.inverse is None:
-        return np.empty(plan.shape, plan.dtype)
-    return np.empty(plan.memory_shape, plan.dtype).transpose(plan.inverse)
+        return _allocate(plan.shape, plan.dtype, like.nbytes)
+    return _allocate(plan.memory_shape, plan.dtype, like.nbytes).transpose(plan.inverse)
+
+
+def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any], nbytes: int) -> Floats:
+    """Return an uninitialised array: where it is large, on recycled memory, aligned to 64 bytes."""
+    return memory.empty(shape, dtype) if nbytes >= memory.SMALLEST else np.empty(shape, dtype)

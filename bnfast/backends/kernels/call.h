@@ -1,10 +1,11 @@
-/* A call: addresses, sizes, and how the work is cut. Everything here follows from the shape alone.
+/* A call: addresses, sizes, and how the work is cut.
 
-   channels-first (N, C, S)   Reductions are cut into tiles of one channel, elementwise passes into
-                              tiles of the N * C runs.
+   channels-first (N, C, S)   Sums are taken over tiles of a channel, whatever the threads. Adjacent
+                              channels make a slab that is done by one thread, in its cache;
+                              elementwise passes are cut into parts of the N * C runs.
    channels-last  (M, C)      Below 64 channels several rows are folded into one wide row; M need
-                              not be a multiple: the rest is a partial row. Reductions are cut into
-                              at most 64 parts of rows, and those into up to 512 columns. */
+                              not be a multiple: the rest is a partial row. Sums are taken over at
+                              most 64 parts of rows, and those over up to 512 columns. */
 
 #ifndef BNFAST_CALL_H
 #define BNFAST_CALL_H
@@ -14,33 +15,33 @@
 
 #include "dispatch.h"
 
-/* Elements of a tile of a reduction, which is read twice and should stay in the second-level cache,
-   and of a part of an elementwise pass, which only has to outweigh a function call. */
+/* Sizes of the caches, in bytes, of one core and of all: set from what the system says. */
+static bn_index bn_core_cache = (bn_index)1 << 20, bn_last_cache = (bn_index)32 << 20;
+
+/* Elements of a tile of a sum, which float64 reads twice and which should stay in the second-level
+   cache; and of a part of an elementwise pass, which only has to outweigh a function call, or, in
+   large arrays, the end of a stream of stores. */
 #define BN_TILE 16384
 #define BN_PART 4096
+#define BN_PART_MAX 65536
 
-/* Elements of a part of a channels-last reduction, at least, and rows, so that merging the parts'
-   results stays a small share of the work. */
+/* Elements of a part of a channels-last sum, at least, and rows, so that merging the parts' results
+   stays a small share of the work. */
 #define BN_ROW_PART 16384
 #define BN_ROW_PART_ROWS 128
 
 #define BN_FOLD 64
 #define BN_ROW_PARTS 64
 
-typedef struct {
-    bn_index count;   /* tiles in all */
-    bn_index runs;    /* runs of a tile */
-    bn_index length;  /* elements of each run of a tile */
-    bn_index pieces;  /* tiles side by side in one run */
-} bn_tiling;
+/* Channels whose factors are found at once, before the threads start. */
+#define BN_PRELUDE 1024
 
-/* The two sums of the backward pass over a part of a channel. */
 typedef struct {
-    double dy, dy_x;
-} bn_sums;
-
-/* Numbers that a channel packs, at most: four, and whether they fit. */
-#define BN_PACKED 5
+    bn_index count;   /* parts in all */
+    bn_index runs;    /* runs of a part */
+    bn_index length;  /* elements of each run of a part */
+    bn_index pieces;  /* parts side by side in one run */
+} bn_cut;
 
 /* What a call needs beside its arrays. */
 enum { BN_MOMENTS = 1, BN_SUMS = 2, BN_AFFINE = 4, BN_GRADIENT = 8 };
@@ -48,12 +49,13 @@ enum { BN_MOMENTS = 1, BN_SUMS = 2, BN_AFFINE = 4, BN_GRADIENT = 8 };
 typedef struct {
     const bn_kernels *kernels;
     bn_index outer, channels, inner;  /* N, C, S; or M, C, 1 */
-    bn_tiling tiles;                  /* channels-first: a channel, for reductions */
-    bn_tiling units;                  /* channels-first: all runs, for elementwise passes */
+    bn_cut tiles;                     /* channels-first: a channel, for sums */
+    bn_cut units;                     /* channels-first: all runs, for elementwise passes */
+    bn_index slab, slabs;             /* channels-first: channels of a slab, and how many */
     bn_index fold, width;             /* channels-last: rows in a wide row, its elements */
     bn_index rows, rest;              /* wide rows, and elements of the partial one */
-    bn_index parts, part_rows;        /* parts of a reduction, and wide rows of each */
-    bn_index column_tiles;            /* tiles of columns of a reduction */
+    bn_index parts, part_rows;        /* parts of a sum, and wide rows of each */
+    bn_index column_tiles;            /* tiles of columns of a sum */
     bn_index spans, span_rows;        /* parts of an elementwise pass, and wide rows of each */
     bn_index ahead;                   /* distance at which memory is asked for; 0: not at all */
     const char *x, *residual, *dy, *y_in;
@@ -62,63 +64,85 @@ typedef struct {
     const double *var, *weight, *bias, *invstd;
     double eps, count;
     int relu;
-    bn_moments *moments;              /* of each part of a reduction */
+    int stream;                       /* whether results go past the cache */
+    bn_moments *moments;              /* of each part of a sum */
     bn_sums *sums;
     double *wide_mean;                /* channels-last: the mean of every column of a wide row */
     bn_affine *affine;                /* per channel, or per column of a wide row */
     bn_gradient *gradient;
     char *packed;                     /* the same in the dtype of x */
+    char *fits;                       /* per group of channels: whether these fit that dtype */
 } bn_call;
 
-/* Cut runs into tiles of about `elements`: whole runs, or pieces of one that end on whole steps of
+/* Cut runs into parts of about `elements`: whole runs, or pieces of one that end on whole steps of
    lanes. */
-static inline bn_tiling bn_tile(bn_index runs, bn_index length, bn_index elements)
+static inline bn_cut bn_cut_runs(bn_index runs, bn_index length, bn_index elements)
 {
-    bn_tiling tiling = {0, 1, length, 1};
+    bn_cut cut = {0, 1, length, 1};
     if (length == 0 || runs == 0)
-        return tiling;
+        return cut;
     if (length >= elements) {
-        tiling.length = bn_ceil(bn_ceil(length, bn_ceil(length, elements)), BN_LANES) * BN_LANES;
-        tiling.pieces = bn_ceil(length, tiling.length);
+        cut.length = bn_ceil(bn_ceil(length, bn_ceil(length, elements)), BN_LANES) * BN_LANES;
+        cut.pieces = bn_ceil(length, cut.length);
     } else {
-        tiling.runs = elements / length;
+        cut.runs = elements / length;
     }
-    tiling.count = bn_ceil(runs, tiling.runs) * tiling.pieces;
-    return tiling;
+    cut.count = bn_ceil(runs, cut.runs) * cut.pieces;
+    return cut;
 }
 
-/* How far ahead of the element in work a reduction asks for memory: about 2048 elements, in whole
-   runs where these are shorter. It is what the hardware does not foresee in arrays that outgrow the
-   cache (training, 2 threads: 56x56 planes 1.2 times faster; 14x14 planes, backward, 1.15 times);
-   in it, asking costs a few percent. */
-#define BN_AHEAD 2048
-#define BN_CACHED_BYTES ((bn_index)16 << 20)
-
-static inline bn_index bn_ahead(bn_index bytes, bn_index length, bn_index stride)
+/* Elements of a part of an elementwise pass over so many. */
+static inline bn_index bn_part(bn_index elements)
 {
-    if (bytes < BN_CACHED_BYTES)
+    return bn_max(BN_PART, bn_min(BN_PART_MAX, elements / 64));
+}
+
+/* How far ahead of the element in work a sum asks for memory: about 2048 elements, in whole runs.
+   It is what the hardware does not foresee in arrays that outgrow the cache (training, 2 threads:
+   56x56 planes 1.2 times faster; 14x14 planes, backward, 1.15 times); in it, asking costs a few
+   percent. */
+#define BN_AHEAD 2048
+
+static inline bn_index bn_ahead(const bn_call *call, bn_index length, bn_index stride)
+{
+    const bn_index bytes = call->outer * call->channels * call->inner * call->kernels->itemsize;
+    if (2 * bytes < bn_last_cache)
         return 0;
     return length >= BN_AHEAD ? BN_AHEAD : bn_max(1, BN_AHEAD / length) * stride;
 }
 
-/* Where tile t lies: its first run, how many, its first element in each, how many. */
+/* Where part t lies: its first run, how many, its first element in each, how many. */
 typedef struct {
     bn_index run, runs, from, length;
 } bn_place;
 
-static inline bn_place bn_tile_place(bn_tiling tiling, bn_index t, bn_index runs, bn_index length)
+static inline bn_place bn_find_place(bn_cut cut, bn_index t, bn_index runs, bn_index length)
 {
+    const bn_index row = cut.pieces == 1 ? t : t / cut.pieces;
     bn_place place;
-    place.run = t / tiling.pieces * tiling.runs;
-    place.runs = bn_min(tiling.runs, runs - place.run);
-    place.from = t % tiling.pieces * tiling.length;
-    place.length = bn_min(tiling.length, length - place.from);
+    place.run = row * cut.runs;
+    place.runs = bn_min(cut.runs, runs - place.run);
+    place.from = (t - row * cut.pieces) * cut.length;
+    place.length = bn_min(cut.length, length - place.from);
     return place;
 }
 
-/* Cut a call on arrays of a form: (outer, channels, inner), or with `last` (outer, channels). */
+/* As many channels as half of a core's cache holds of all `arrays` that are read twice, and a
+   number of slabs that the threads can share evenly. */
+static inline void bn_cut_slabs(bn_call *call, bn_index arrays, bn_index num_threads)
+{
+    const bn_index channel = call->outer * call->inner * call->kernels->itemsize * arrays;
+    const bn_index fitting = bn_max(1, bn_core_cache / 2 / bn_max(1, channel));
+    const bn_index rounds = bn_ceil(bn_ceil(call->channels, fitting), num_threads);
+    call->slab = bn_max(1, bn_ceil(call->channels, rounds * num_threads));
+    call->slabs = bn_ceil(call->channels, call->slab);
+}
+
+/* Cut a call on arrays of a form: (outer, channels, inner), or with `last` (outer, channels).
+   `arrays` of them are read twice where a channel is summed and then computed. */
 static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_index outer,
-                               bn_index channels, bn_index inner, int last)
+                               bn_index channels, bn_index inner, int last, bn_index arrays,
+                               bn_index num_threads)
 {
     memset(call, 0, sizeof *call);
     call->kernels = kernels;
@@ -128,25 +152,34 @@ static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_inde
     call->count = (double)outer * (double)inner;
     call->fold = 1;
     call->width = channels;
+    if (outer == 0 || channels == 0 || inner == 0)
+        return;
     if (!last) {
-        call->tiles = bn_tile(outer, inner, BN_TILE);
-        call->units = bn_tile(outer * channels, inner, BN_PART);
-        call->ahead = bn_ahead(outer * channels * inner * kernels->itemsize, inner, channels * inner);
+        call->tiles = bn_cut_runs(outer, inner, BN_TILE);
+        call->units = bn_cut_runs(outer * channels, inner, bn_part(outer * channels * inner));
+        call->ahead = bn_ahead(call, inner, channels * inner);
+        bn_cut_slabs(call, arrays, num_threads);
         return;
     }
-    if (channels == 0 || outer == 0)
-        return;
     call->fold = bn_min(bn_ceil(BN_FOLD, channels), outer);
     call->width = call->fold * channels;
     call->rows = outer / call->fold;
-    call->ahead = bn_ahead(outer * channels * kernels->itemsize, call->width, call->width);
     call->rest = outer % call->fold * channels;
+    call->ahead = bn_ahead(call, call->width, call->width);
     call->part_rows = bn_max(bn_max(BN_ROW_PART_ROWS, BN_ROW_PART / call->width),
                              bn_ceil(call->rows, BN_ROW_PARTS));
     call->parts = bn_ceil(call->rows, call->part_rows);
     call->column_tiles = bn_ceil(call->width, BN_COLUMNS);
-    call->span_rows = bn_ceil(bn_max(1, BN_PART / call->width), 4) * 4;
+    call->span_rows = bn_ceil(bn_max(1, bn_part(outer * channels) / call->width), 4) * 4;
     call->spans = bn_ceil(call->rows * call->width + call->rest, call->span_rows * call->width);
+}
+
+/* Whether `arrays` of the size of x are more than the caches hold, so that a result which is not
+   one of the inputs had better go past them. */
+static inline int bn_outgrows(const bn_call *call, bn_index arrays)
+{
+    return arrays * call->outer * call->channels * call->inner * call->kernels->itemsize >
+           bn_last_cache;
 }
 
 /* Allocate what the call needs beside its arrays, in one piece; NULL if there is no memory. */
@@ -155,22 +188,23 @@ static inline void *bn_allocate(bn_call *call, int needs)
     const size_t width = (size_t)call->width;
     const size_t entries = call->rows ? (size_t)(call->parts + 1) * width
                                       : (size_t)(call->channels * call->tiles.count);
-    const size_t sizes[] = {needs & BN_MOMENTS ? entries * sizeof(bn_moments) : 0,
-                            needs & BN_SUMS ? entries * sizeof(bn_sums) : 0,
-                            needs & BN_SUMS ? width * sizeof(double) : 0,
-                            needs & BN_AFFINE ? width * sizeof(bn_affine) : 0,
-                            needs & BN_GRADIENT ? width * sizeof(bn_gradient) : 0,
-                            BN_PACKED * (width + 1) * sizeof(double)};
-    char *const block = (char *)malloc(sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] +
-                                       sizes[5]);
+    const size_t moments = needs & BN_MOMENTS ? entries * sizeof(bn_moments) : 0;
+    const size_t sums = needs & BN_SUMS ? entries * sizeof(bn_sums) : 0;
+    const size_t means = needs & BN_SUMS && call->rows ? width * sizeof(double) : 0;
+    const size_t affine = needs & BN_AFFINE ? width * sizeof(bn_affine) : 0;
+    const size_t gradient = needs & BN_GRADIENT ? width * sizeof(bn_gradient) : 0;
+    const size_t packed = affine || gradient ? 4 * width * sizeof(double) : 0;
+    char *const block = (char *)malloc(packed + moments + sums + means + affine + gradient +
+                                       width / BN_GROUP + 1 + 64);
     if (!block)
         return NULL;
-    call->moments = (bn_moments *)block;
-    call->sums = (bn_sums *)(block + sizes[0]);
-    call->wide_mean = (double *)(block + sizes[0] + sizes[1]);
-    call->affine = (bn_affine *)(block + sizes[0] + sizes[1] + sizes[2]);
-    call->gradient = (bn_gradient *)(block + sizes[0] + sizes[1] + sizes[2] + sizes[3]);
-    call->packed = block + sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4];
+    call->packed = block + -(uintptr_t)block % 64;
+    call->moments = (bn_moments *)(call->packed + packed);
+    call->sums = (bn_sums *)((char *)call->moments + moments);
+    call->wide_mean = (double *)((char *)call->sums + sums);
+    call->affine = (bn_affine *)((char *)call->wide_mean + means);
+    call->gradient = (bn_gradient *)((char *)call->affine + affine);
+    call->fits = (char *)call->gradient + gradient;
     return block;
 }
 

@@ -1,9 +1,13 @@
 /* The row kernels, compiled once per instruction set and dtype, and the table to choose from.
 
    dispatch.h    this file: instruction sets, the table of function pointers, the choice
-   precision.h   included once per instruction set: rows.h and columns.h for float and for double
-   rows.h        channels-first: runs of adjacent elements that belong to one channel
-   columns.h     channels-last: adjacent elements belong to adjacent channels
+   precision.h   included once per instruction set: the files below for float and for double
+   vectors.h     vectors of elements and of sums
+   stream.h      stores past the cache
+   affine.h      the result of the forward pass
+   gradient.h    the result of the backward pass
+   rows.h        channels-first sums: runs of adjacent elements that belong to one channel
+   columns.h     channels-last sums: adjacent elements belong to adjacent channels
 
    Elements are addressed by `char *`, so that the driver is the same for every dtype.
 
@@ -34,6 +38,9 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
 /* Elements that go through the lanes before these are emptied: 64 additions in a row each. */
 #define BN_CHAIN 1024
 
+/* Channels whose sums are taken side by side. */
+#define BN_GROUP 64
+
 #if defined(__GNUC__)
 #define BN_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 #define BN_NOINLINE __attribute__((noinline))
@@ -45,8 +52,10 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
 /* The loop that follows may be vectorised: no iteration reads what another one writes. */
 #define BN_SIMD _Pragma("omp simd")
 
-/* Channels-last loops keep their sums on the stack, this many columns at a time (4 KiB each). */
+/* Channels-last loops keep their sums on the stack, this many columns at a time (4 KiB each), and
+   add this many rows to them at once. */
 #define BN_COLUMNS 512
+#define BN_ROWS 8
 
 /* Rows of a channels-last block: summed, then read again for the squares while in the cache. */
 #define BN_BLOCK_ELEMENTS 16384
@@ -68,33 +77,54 @@ typedef struct {
     double mean, g_scale, x_scale, shift;
 } bn_gradient;
 
+/* The two sums of the backward pass over a part of a channel. */
+typedef struct {
+    double dy, dy_x;
+} bn_sums;
+
+/* Channels-first elements to sum: `runs` runs of `length` adjacent elements, a run `stride` behind
+   the one before, of each of `channels` channels, a channel `apart` from the next. */
+typedef struct {
+    bn_index runs, length, stride, channels, apart;
+} bn_tile;
+
+/* The vectors of all channels, or of all columns of a wide row, as an elementwise kernel wants
+   them: `packed` in the dtype of x, where they fit. */
+typedef struct {
+    const bn_affine *affine;
+    const char *packed;
+    bn_index width;
+    int fits, relu, stream;
+} bn_affines;
+
+typedef struct {
+    const bn_gradient *gradient;
+    const char *packed;
+    bn_index width;
+    int fits, stream;
+} bn_gradients;
+
 typedef struct {
     bn_index itemsize;
-    void (*row_moments)(const char *x, bn_index runs, bn_index length, bn_index stride,
-                        bn_index ahead, bn_moments *moments);
-    void (*row_normalize)(const char *x, const char *residual, char *y, bn_index runs,
-                          bn_index length, bn_index stride, const bn_affine *affine,
-                          const char *packed, bn_index channels, bn_index channel, int relu);
-    void (*row_sums)(const char *dy, const char *x, const char *y, bn_index runs, bn_index length,
-                     bn_index stride, bn_index ahead, double mean, double *sum_dy, double *sum_dy_x);
-    void (*row_gradient)(const char *dy, const char *x, const char *y, char *dx, char *dresidual,
-                         bn_index runs, bn_index length, bn_index stride,
-                         const bn_gradient *gradient, const char *packed, bn_index channels,
-                         bn_index channel);
+    void (*row_moments)(const char *x, bn_tile tile, bn_index ahead, bn_moments *moments);
+    void (*row_sums)(const char *dy, const char *x, const char *y, bn_tile tile, bn_index ahead,
+                     const double *mean, bn_sums *sums);
     void (*column_moments)(const char *x, bn_index rows, bn_index width, bn_index stride,
                            bn_index ahead, bn_moments *moments);
-    void (*column_normalize)(const char *x, const char *residual, char *y, bn_index elements,
-                             bn_index width, int stream, const bn_affine *affine,
-                             const char *packed, int relu);
     void (*column_sums)(const char *dy, const char *x, const char *y, bn_index rows,
                         bn_index width, bn_index stride, bn_index ahead, const double *mean,
-                        double *sum_dy,
-                        double *sum_dy_x);
+                        double *sum_dy, double *sum_dy_x);
+    void (*row_normalize)(const char *x, const char *residual, char *y, bn_index elements,
+                          bn_index length, bn_affines of, bn_index c);
+    void (*column_normalize)(const char *x, const char *residual, char *y, bn_index elements,
+                             bn_affines of);
+    void (*row_gradient)(const char *dy, const char *x, const char *y, char *dx, char *dresidual,
+                         bn_index elements, bn_index length, bn_gradients of, bn_index c);
     void (*column_gradient)(const char *dy, const char *x, const char *y, char *dx,
-                            char *dresidual, bn_index elements, bn_index width,
-                            const bn_gradient *gradient, const char *packed);
-    void (*pack_affine)(const bn_affine *affine, bn_index width, char *packed);
-    void (*pack_gradient)(const bn_gradient *gradient, bn_index width, char *packed);
+                            char *dresidual, bn_index elements, bn_gradients of);
+    int (*pack_affine)(const bn_affine *affine, bn_index count, bn_index width, char *packed);
+    int (*pack_gradient)(const bn_gradient *gradient, bn_index count, bn_index width,
+                         char *packed);
 } bn_kernels;
 
 /* Whether float32 holds a factor or an offset without leaving its comfortable range. Outside it

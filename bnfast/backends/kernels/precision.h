@@ -11,22 +11,6 @@
 #define BN_MAD(fma, a, b, c) ((a) * (b) + (c))
 #endif
 
-/* Write one cache line past the cache: an ordinary store reads the line from memory first. */
-static inline void BN_JOIN(stream, line, BN_TARGET)(void *to, const void *from)
-{
-#if defined(__AVX512F__)
-    _mm512_stream_si512((__m512i *)to, _mm512_load_si512((const __m512i *)from));
-#elif defined(__AVX__)
-    for (int i = 0; i < 2; i++)
-        _mm256_stream_si256((__m256i *)to + i, _mm256_load_si256((const __m256i *)from + i));
-#elif defined(__SSE2__)
-    for (int i = 0; i < 4; i++)
-        _mm_stream_si128((__m128i *)to + i, _mm_load_si128((const __m128i *)from + i));
-#else
-    memcpy(to, from, 64);
-#endif
-}
-
 #define REAL float
 #define FN(name) BN_JOIN(name, float, BN_TARGET)
 #define BN_IS_DOUBLE 0
@@ -35,12 +19,20 @@ static inline double FN(wide_mad)(double a, double b, double c)
 {
     return BN_MAD(__builtin_fma, a, b, c);
 }
+#include "vectors.h"
+#include "stream.h"
+#include "affine.h"
+#include "gradient.h"
 #include "rows.h"
 #include "columns.h"
 #include "table.h"
 #undef REAL
 #undef FN
 #undef BN_IS_DOUBLE
+#undef BN_VECTOR
+#undef BN_STEPS
+#undef BN_EACH
+#undef BN_STEP_THROUGH
 
 #define REAL double
 #define FN(name) BN_JOIN(name, double, BN_TARGET)
@@ -50,11 +42,19 @@ static inline double FN(wide_mad)(double a, double b, double c)
 {
     return BN_MAD(__builtin_fma, a, b, c);
 }
+#include "vectors.h"
+#include "stream.h"
+#include "affine.h"
+#include "gradient.h"
 #include "rows.h"
 #include "columns.h"
 #include "table.h"
 #undef REAL
 #undef FN
 #undef BN_IS_DOUBLE
+#undef BN_VECTOR
+#undef BN_STEPS
+#undef BN_EACH
+#undef BN_STEP_THROUGH
 
 #undef BN_MAD

@@ -2,8 +2,14 @@
    order and at the same time, and each writes its own results. A later phase combines them in
    order, so that the bits do not depend on who ran what.
 
-   Reductions leave the results of each part in a table, call->moments or call->sums; bn_entry() is
-   its map. */
+   Sums leave the results of each part in a table, call->moments or call->sums:
+
+   channels-first: tile t of channel c               row t * channels + c
+   channels-last:  part p, column j of a wide row    row p * width + j
+                   the partial wide row              part number `parts`, of the columns it has
+
+   It is walked along its rows, BN_GROUP channels at a time: one channel at a time would touch a
+   cache line for each entry. */
 
 #ifndef BNFAST_TASKS_H
 #define BNFAST_TASKS_H
@@ -12,29 +18,7 @@
 
 typedef void (*bn_task)(bn_call *, bn_index);
 
-/* ---- the table of partial results -------------------------------------------------------------
-
-   channels-first: tile t of channel c               row c * tiles + t
-   channels-last:  part p, column j of a wide row    row p * width + j
-                   the partial wide row              part number `parts`, of the columns it has
-
-   Channels-last tables are walked along their rows, BN_GROUP channels at a time: one channel at a
-   time would touch a cache line for each entry. */
-
-#define BN_GROUP 64
-
-/* Channels of group g, and its first. */
-static inline bn_index bn_group(const bn_call *call, bn_index g, bn_index *first)
-{
-    const bn_index size = call->rows ? BN_GROUP : 1;
-    *first = g * size;
-    return bn_min(size, call->channels - *first);
-}
-
-static inline bn_index bn_groups(const bn_call *call)
-{
-    return bn_ceil(call->channels, call->rows ? BN_GROUP : 1);
-}
+/* ---- combining ---------------------------------------------------------------------------------*/
 
 static inline bn_index bn_entries(const bn_call *call)
 {
@@ -45,8 +29,8 @@ static inline bn_index bn_entries(const bn_call *call)
 static inline double bn_entry(const bn_call *call, bn_index c, bn_index e, bn_index *row)
 {
     if (!call->rows) {
-        const bn_place place = bn_tile_place(call->tiles, e, call->outer, call->inner);
-        *row = c * call->tiles.count + e;
+        const bn_place place = bn_find_place(call->tiles, e, call->outer, call->inner);
+        *row = e * call->channels + c;
         return (double)place.runs * (double)place.length;
     }
     const bn_index part = e / call->fold, column = e % call->fold * call->channels + c;
@@ -56,23 +40,18 @@ static inline double bn_entry(const bn_call *call, bn_index c, bn_index e, bn_in
     return (double)bn_min(call->part_rows, call->rows - part * call->part_rows);
 }
 
-/* Moments of the channels of a group from those of their parts: first the mean, then the squares
+/* Moments of up to BN_GROUP channels from those of their parts: first the mean, then the squares
    about it, and with them what the first mean was off by. Differences of means are small numbers,
    so that no digit is lost to a large mean. */
-static void bn_combine_moments(bn_call *call, bn_index g)
+static void bn_merge_moments(bn_call *call, bn_index first, bn_index size)
 {
     const bn_index entries = bn_entries(call);
-    bn_index first, row;
-    const bn_index size = bn_group(call, g, &first);
+    bn_index row;
     bn_moments total[BN_GROUP];
     double shifted[BN_GROUP];
     for (bn_index i = 0; i < size; i++) {
         const bn_moments none = {0.0, 0.0, 0.0};
-        total[i] = none;
-        if (entries) {
-            bn_entry(call, first + i, 0, &row);
-            total[i] = call->moments[row];
-        }
+        total[i] = entries ? call->moments[first + i] : none;
         shifted[i] = 0.0;
     }
     for (bn_index e = 1; e < entries; e++) {
@@ -99,11 +78,10 @@ static void bn_combine_moments(bn_call *call, bn_index g)
     }
 }
 
-static void bn_combine_sums(bn_call *call, bn_index g)
+static void bn_merge_sums(bn_call *call, bn_index first, bn_index size)
 {
     const bn_index entries = bn_entries(call);
-    bn_index first, row;
-    const bn_index size = bn_group(call, g, &first);
+    bn_index row;
     bn_sums total[BN_GROUP];
     for (bn_index i = 0; i < size; i++)
         total[i].dy = total[i].dy_x = 0.0;
@@ -120,63 +98,135 @@ static void bn_combine_sums(bn_call *call, bn_index g)
     }
 }
 
-/* ---- what a channel's elements are multiplied with and shifted by -------------------------------*/
+/* ---- what a channel's elements are multiplied with and shifted by -------------------------------
 
-static void bn_find_affine(bn_call *call, bn_index c)
+   Found for up to BN_GROUP channels at a time; returned is whether all of them fit the dtype of x. */
+
+static int bn_find_affine(bn_call *call, bn_index first, bn_index size)
 {
-    const double var = call->var ? call->var[c] : call->m2[c] / call->count;
-    const bn_affine affine = {call->mean[c], call->weight[c] / sqrt(var + call->eps),
-                              call->bias[c]};
-    for (bn_index column = c; column < call->width; column += call->channels)
-        call->affine[column] = affine;
+    int fits = 1;
+    for (bn_index c = first; c < first + size; c++) {
+        const double var = call->var ? call->var[c] : call->m2[c] / call->count;
+        const bn_affine affine = {call->mean[c], call->weight[c] / sqrt(var + call->eps),
+                                  call->bias[c]};
+        for (bn_index column = c; column < call->width; column += call->channels)
+            call->affine[column] = affine;
+    }
+    for (bn_index at = first; at < call->width; at += call->channels)
+        fits &= call->kernels->pack_affine(call->affine + at, size, call->width,
+                                           call->packed + at * call->kernels->itemsize);
+    return fits;
 }
 
 /* dx = weight invstd (g - (sum_dy + xhat sum_dy_xhat) / count), as a factor of g, a factor of
    x - mean, and a shift. */
-static void bn_find_gradient(bn_call *call, bn_index c)
+static int bn_find_gradient(bn_call *call, bn_index first, bn_index size)
 {
-    const double scale = call->weight[c] * call->invstd[c];
-    const double slope = call->sum_dy_xhat[c] / call->count;
-    const bn_gradient gradient = {call->mean[c], scale, slope ? -scale * call->invstd[c] * slope : 0,
-                                  call->sum_dy[c] ? -scale * (call->sum_dy[c] / call->count) : 0};
-    for (bn_index column = c; column < call->width; column += call->channels)
-        call->gradient[column] = gradient;
+    int fits = 1;
+    for (bn_index c = first; c < first + size; c++) {
+        const double scale = call->weight[c] * call->invstd[c];
+        const double slope = call->sum_dy_xhat[c] / call->count;
+        const bn_gradient gradient = {
+            call->mean[c], scale, slope ? -scale * call->invstd[c] * slope : 0,
+            call->sum_dy[c] ? -scale * (call->sum_dy[c] / call->count) : 0};
+        for (bn_index column = c; column < call->width; column += call->channels)
+            call->gradient[column] = gradient;
+    }
+    for (bn_index at = first; at < call->width; at += call->channels)
+        fits &= call->kernels->pack_gradient(call->gradient + at, size, call->width,
+                                             call->packed + at * call->kernels->itemsize);
+    return fits;
 }
 
-static void bn_find_wide_mean(bn_call *call, bn_index c)
+/* ---- phases over groups of channels ------------------------------------------------------------*/
+
+static inline bn_index bn_groups(const bn_call *call) { return bn_ceil(call->channels, BN_GROUP); }
+
+static inline bn_index bn_group_size(const bn_call *call, bn_index g)
 {
-    for (bn_index column = c; column < call->width; column += call->channels)
-        call->wide_mean[column] = call->mean[c];
+    return bn_min(BN_GROUP, call->channels - g * BN_GROUP);
 }
 
-static void bn_pack_affine(bn_call *call, bn_index part)
+static inline int bn_all_fit(const bn_call *call)
 {
-    (void)part;
-    call->kernels->pack_affine(call->affine, call->width, call->packed);
+    int fits = 1;
+    for (bn_index g = 0; g < bn_groups(call); g++)
+        fits &= call->fits[g];
+    return fits;
 }
 
-static void bn_pack_gradient(bn_call *call, bn_index part)
+static void bn_combine_moments(bn_call *call, bn_index g)
 {
-    (void)part;
-    call->kernels->pack_gradient(call->gradient, call->width, call->packed);
+    bn_merge_moments(call, g * BN_GROUP, bn_group_size(call, g));
+}
+
+static void bn_combine_sums(bn_call *call, bn_index g)
+{
+    bn_merge_sums(call, g * BN_GROUP, bn_group_size(call, g));
 }
 
 static void bn_moments_to_affine(bn_call *call, bn_index g)
 {
-    bn_index first;
-    const bn_index size = bn_group(call, g, &first);
     bn_combine_moments(call, g);
-    for (bn_index c = first; c < first + size; c++)
-        bn_find_affine(call, c);
+    call->fits[g] = (char)bn_find_affine(call, g * BN_GROUP, bn_group_size(call, g));
 }
 
 static void bn_sums_to_gradient(bn_call *call, bn_index g)
 {
-    bn_index first;
-    const bn_index size = bn_group(call, g, &first);
     bn_combine_sums(call, g);
-    for (bn_index c = first; c < first + size; c++)
-        bn_find_gradient(call, c);
+    call->fits[g] = (char)bn_find_gradient(call, g * BN_GROUP, bn_group_size(call, g));
+}
+
+/* What is known before any sum is found by the part, many groups at once. */
+static inline bn_index bn_preludes(const bn_call *call)
+{
+    return bn_ceil(call->channels, BN_PRELUDE);
+}
+
+static void bn_affine_prelude(bn_call *call, bn_index part)
+{
+    const bn_index first = part * (BN_PRELUDE / BN_GROUP);
+    for (bn_index g = first; g < bn_min(first + BN_PRELUDE / BN_GROUP, bn_groups(call)); g++)
+        call->fits[g] = (char)bn_find_affine(call, g * BN_GROUP, bn_group_size(call, g));
+}
+
+static void bn_gradient_prelude(bn_call *call, bn_index part)
+{
+    const bn_index first = part * (BN_PRELUDE / BN_GROUP);
+    for (bn_index g = first; g < bn_min(first + BN_PRELUDE / BN_GROUP, bn_groups(call)); g++)
+        call->fits[g] = (char)bn_find_gradient(call, g * BN_GROUP, bn_group_size(call, g));
+}
+
+static void bn_wide_mean_prelude(bn_call *call, bn_index part)
+{
+    const bn_index end = bn_min((part + 1) * BN_PRELUDE, call->channels);
+    for (bn_index c = part * BN_PRELUDE; c < end; c++)
+        for (bn_index column = c; column < call->width; column += call->channels)
+            call->wide_mean[column] = call->mean[c];
+}
+
+/* Stores past the cache are in no order with others: wait for them at the end of a task. */
+static inline void bn_settle(const bn_call *call)
+{
+#if defined(__SSE2__)
+    if (call->stream)
+        _mm_sfence();
+#else
+    (void)call;
+#endif
+}
+
+static inline bn_affines bn_affines_of(const bn_call *call, int fits)
+{
+    const bn_affines affines = {call->affine, call->packed, call->width,
+                                fits,         call->relu,   call->stream};
+    return affines;
+}
+
+static inline bn_gradients bn_gradients_of(const bn_call *call, int fits)
+{
+    const bn_gradients gradients = {call->gradient, call->packed, call->width, fits, call->stream};
+    return gradients;
 }
 
 /* ---- channels-first --------------------------------------------------------------------------- */
@@ -188,83 +238,120 @@ static inline const char *bn_at(const char *array, bn_index offset)
 
 static inline char *bn_out(char *array, bn_index offset) { return array ? array + offset : NULL; }
 
-/* Byte offset of tile t of channel c, and its place. */
-static inline bn_index bn_channel_tile(const bn_call *call, bn_index c, bn_index t, bn_place *place)
+/* Tile t of channels from `first` on, and the offset of its first byte. */
+static inline bn_tile bn_find_tile(const bn_call *call, bn_index first, bn_index size, bn_index t,
+                                   bn_index *at)
 {
-    *place = bn_tile_place(call->tiles, t, call->outer, call->inner);
-    return ((place->run * call->channels + c) * call->inner + place->from) * call->kernels->itemsize;
+    const bn_place place = bn_find_place(call->tiles, t, call->outer, call->inner);
+    const bn_tile tile = {place.runs, place.length, call->channels * call->inner, size,
+                          call->inner};
+    *at = ((place.run * call->channels + first) * call->inner + place.from) *
+          call->kernels->itemsize;
+    return tile;
 }
 
+static void bn_tile_moments(bn_call *call, bn_index first, bn_index size, bn_index t)
+{
+    bn_index at;
+    const bn_tile tile = bn_find_tile(call, first, size, t, &at);
+    call->kernels->row_moments(call->x + at, tile, call->ahead,
+                               call->moments + t * call->channels + first);
+}
+
+static void bn_tile_sums(bn_call *call, bn_index first, bn_index size, bn_index t)
+{
+    bn_index at;
+    const bn_tile tile = bn_find_tile(call, first, size, t, &at);
+    call->kernels->row_sums(call->dy + at, call->x + at, bn_at(call->y_in, at), tile, call->ahead,
+                            call->mean + first, call->sums + t * call->channels + first);
+}
+
+/* The end of the slab that begins with channel `first`. */
+static inline bn_index bn_slab_end(const bn_call *call, bn_index first)
+{
+    return bn_min(first + call->slab, call->channels);
+}
+
+/* One tile of one slab. */
 static void bn_row_moments(bn_call *call, bn_index part)
 {
-    bn_place place;
-    const bn_index c = part / call->tiles.count, t = part % call->tiles.count;
-    const bn_index at = bn_channel_tile(call, c, t, &place);
-    call->kernels->row_moments(call->x + at, place.runs, place.length,
-                               call->channels * call->inner, call->ahead, call->moments + part);
+    const bn_index first = part / call->tiles.count * call->slab, t = part % call->tiles.count;
+    for (bn_index c = first, end = bn_slab_end(call, first); c < end; c += BN_GROUP)
+        bn_tile_moments(call, c, bn_min(BN_GROUP, end - c), t);
 }
 
 static void bn_row_sums(bn_call *call, bn_index part)
 {
-    bn_place place;
-    const bn_index c = part / call->tiles.count, t = part % call->tiles.count;
-    const bn_index at = bn_channel_tile(call, c, t, &place);
-    call->kernels->row_sums(call->dy + at, call->x + at, bn_at(call->y_in, at), place.runs,
-                            place.length, call->channels * call->inner, call->ahead, call->mean[c],
-                            &call->sums[part].dy, &call->sums[part].dy_x);
+    const bn_index first = part / call->tiles.count * call->slab, t = part % call->tiles.count;
+    for (bn_index c = first, end = bn_slab_end(call, first); c < end; c += BN_GROUP)
+        bn_tile_sums(call, c, bn_min(BN_GROUP, end - c), t);
 }
 
 static void bn_row_normalize(bn_call *call, bn_index unit)
 {
     const bn_place place =
-        bn_tile_place(call->units, unit, call->outer * call->channels, call->inner);
+        bn_find_place(call->units, unit, call->outer * call->channels, call->inner);
     const bn_index at = (place.run * call->inner + place.from) * call->kernels->itemsize;
-    call->kernels->row_normalize(call->x + at, bn_at(call->residual, at), call->y + at, place.runs,
-                                 place.length, call->inner, call->affine, call->packed,
-                                 call->channels, place.run % call->channels, call->relu);
+    call->kernels->row_normalize(call->x + at, bn_at(call->residual, at), call->y + at,
+                                 place.runs * place.length, place.length,
+                                 bn_affines_of(call, bn_all_fit(call)), place.run % call->channels);
+    bn_settle(call);
 }
 
 static void bn_row_gradient(bn_call *call, bn_index unit)
 {
     const bn_place place =
-        bn_tile_place(call->units, unit, call->outer * call->channels, call->inner);
+        bn_find_place(call->units, unit, call->outer * call->channels, call->inner);
     const bn_index at = (place.run * call->inner + place.from) * call->kernels->itemsize;
     call->kernels->row_gradient(call->dy + at, call->x + at, bn_at(call->y_in, at), call->dx + at,
-                                bn_out(call->dresidual, at), place.runs, place.length, call->inner,
-                                call->gradient, call->packed, call->channels,
+                                bn_out(call->dresidual, at), place.runs * place.length,
+                                place.length, bn_gradients_of(call, bn_all_fit(call)),
                                 place.run % call->channels);
+    bn_settle(call);
 }
 
-/* Where channel c packs its own numbers, when it does not wait for the others. */
-static inline char *bn_own_packed(const bn_call *call, bn_index c)
+/* A whole slab by one thread, while it is in its cache. */
+static void bn_slab_train(bn_call *call, bn_index slab)
 {
-    return call->packed + c * BN_PACKED * sizeof(double);
+    const bn_index first = slab * call->slab, end = bn_slab_end(call, first);
+    const bn_index itemsize = call->kernels->itemsize;
+    int fits = 1;
+    for (bn_index c = first, size; c < end; c += size) {
+        size = bn_min(BN_GROUP, end - c);
+        for (bn_index t = 0; t < call->tiles.count; t++)
+            bn_tile_moments(call, c, size, t);
+        bn_merge_moments(call, c, size);
+        fits &= bn_find_affine(call, c, size);
+    }
+    for (bn_index n = 0; n < call->outer; n++) {
+        const bn_index at = (n * call->channels + first) * call->inner * itemsize;
+        call->kernels->row_normalize(call->x + at, bn_at(call->residual, at), call->y + at,
+                                     (end - first) * call->inner, call->inner,
+                                     bn_affines_of(call, fits), first);
+    }
+    bn_settle(call);
 }
 
-/* A whole channel by one thread, while it is in the cache. */
-static void bn_channel_train(bn_call *call, bn_index c)
+static void bn_slab_backward(bn_call *call, bn_index slab)
 {
-    const bn_index at = c * call->inner * call->kernels->itemsize;
-    for (bn_index t = 0; t < call->tiles.count; t++)
-        bn_row_moments(call, c * call->tiles.count + t);
-    bn_moments_to_affine(call, c);
-    call->kernels->pack_affine(call->affine + c, 1, bn_own_packed(call, c));
-    call->kernels->row_normalize(call->x + at, bn_at(call->residual, at), call->y + at,
-                                 call->outer, call->inner, call->channels * call->inner,
-                                 call->affine + c, bn_own_packed(call, c), 1, 0, call->relu);
-}
-
-static void bn_channel_backward(bn_call *call, bn_index c)
-{
-    const bn_index at = c * call->inner * call->kernels->itemsize;
-    for (bn_index t = 0; t < call->tiles.count; t++)
-        bn_row_sums(call, c * call->tiles.count + t);
-    bn_sums_to_gradient(call, c);
-    call->kernels->pack_gradient(call->gradient + c, 1, bn_own_packed(call, c));
-    call->kernels->row_gradient(call->dy + at, call->x + at, bn_at(call->y_in, at), call->dx + at,
-                                bn_out(call->dresidual, at), call->outer, call->inner,
-                                call->channels * call->inner, call->gradient + c,
-                                bn_own_packed(call, c), 1, 0);
+    const bn_index first = slab * call->slab, end = bn_slab_end(call, first);
+    const bn_index itemsize = call->kernels->itemsize;
+    int fits = 1;
+    for (bn_index c = first, size; c < end; c += size) {
+        size = bn_min(BN_GROUP, end - c);
+        for (bn_index t = 0; t < call->tiles.count; t++)
+            bn_tile_sums(call, c, size, t);
+        bn_merge_sums(call, c, size);
+        fits &= bn_find_gradient(call, c, size);
+    }
+    for (bn_index n = 0; n < call->outer; n++) {
+        const bn_index at = (n * call->channels + first) * call->inner * itemsize;
+        call->kernels->row_gradient(call->dy + at, call->x + at, bn_at(call->y_in, at),
+                                    call->dx + at, bn_out(call->dresidual, at),
+                                    (end - first) * call->inner, call->inner,
+                                    bn_gradients_of(call, fits), first);
+    }
+    bn_settle(call);
 }
 
 /* ---- channels-last ---------------------------------------------------------------------------- */
@@ -324,18 +411,13 @@ static inline bn_index bn_span(const bn_call *call, bn_index span, bn_index *ele
     return first * call->kernels->itemsize;
 }
 
-static inline int bn_streams(const bn_call *call)
-{
-    return call->ahead && call->y != call->x && call->y != call->residual;
-}
-
 static void bn_column_normalize(bn_call *call, bn_index span)
 {
     bn_index elements;
     const bn_index at = bn_span(call, span, &elements);
     call->kernels->column_normalize(call->x + at, bn_at(call->residual, at), call->y + at, elements,
-                                    call->width, bn_streams(call), call->affine, call->packed,
-                                    call->relu);
+                                    bn_affines_of(call, bn_all_fit(call)));
+    bn_settle(call);
 }
 
 static void bn_column_gradient(bn_call *call, bn_index span)
@@ -344,7 +426,8 @@ static void bn_column_gradient(bn_call *call, bn_index span)
     const bn_index at = bn_span(call, span, &elements);
     call->kernels->column_gradient(call->dy + at, call->x + at, bn_at(call->y_in, at),
                                    call->dx + at, bn_out(call->dresidual, at), elements,
-                                   call->width, call->gradient, call->packed);
+                                   bn_gradients_of(call, bn_all_fit(call)));
+    bn_settle(call);
 }
 
 #endif

@@ -1,0 +1,205 @@
+/* y = act((x - mean) * scale + bias + residual), over a stretch of adjacent elements: runs of one
+   channel each (rows), or rows of channels (columns).  Needs REAL, FN, BN_IS_DOUBLE, stream.h. */
+
+/* The mean may have more digits than REAL: its head is subtracted, its tail is in the shift. */
+static inline REAL FN(affine)(REAL x, REAL residual, REAL head, REAL scale, REAL shift, int add,
+                              int relu)
+{
+    const REAL normal = FN(mad)(x - head, scale, shift);
+    const REAL sum = add ? normal + residual : normal;
+    return relu && sum < 0 ? 0 : sum;
+}
+
+/* One element in double, rounded where the definition rounds: for channels whose numbers do not
+   fit REAL. */
+static inline REAL FN(affine_wide)(REAL x, const REAL *residual, bn_affine affine, int relu)
+{
+    REAL y = (REAL)((x - affine.mean) * affine.scale + affine.bias);
+    if (residual)
+        y += *residual;
+    return relu && y < 0 ? 0 : y;
+}
+
+static inline int FN(affine_fits)(bn_affine affine)
+{
+    return BN_IS_DOUBLE || (bn_fits(affine.mean) && bn_fits(affine.scale) &&
+                            !(fabs(affine.bias) > 0x1p100));
+}
+
+/* What REAL leaves of a mean; 0 for float64, where infinity - infinity would be NaN. */
+static inline double FN(tail)(double mean) { return BN_IS_DOUBLE ? 0 : mean - (REAL)mean; }
+
+/* Put the vectors of `count` of `width` channels into REAL: all heads, all scales, all shifts.
+   Return whether every channel fits. */
+static int FN(pack_affine)(const bn_affine *affine, bn_index count, bn_index width, char *packed)
+{
+    REAL *head = (REAL *)packed, *scale = head + width, *shift = scale + width;
+    int fits = 1;
+    for (bn_index c = 0; c < count; c++) {
+        const double tail = FN(tail)(affine[c].mean);
+        head[c] = (REAL)affine[c].mean;
+        scale[c] = (REAL)affine[c].scale;
+        shift[c] = (REAL)(tail == 0 ? affine[c].bias : affine[c].bias - tail * affine[c].scale);
+        fits &= FN(affine_fits)(affine[c]);
+    }
+    return fits;
+}
+
+/* SIZE elements from x on. */
+static inline FN(vector) FN(affine_each)(const REAL *x, const REAL *residual, FN(vector) head,
+                                         FN(vector) scale, FN(vector) shift, const int add,
+                                         const int relu)
+{
+    FN(vector) sum = FN(mad_each)(FN(get)(x) - head, scale, shift);
+    if (add)
+        sum += FN(get)(residual);
+    return relu ? FN(where)(~(sum < 0), sum) : sum;
+}
+
+/* One channel, or (step 1) a part of a row of channels, for constant `add` and `relu`. The end of a
+   run that is no multiple of the vectors is done as one that overlaps the last full one; it is
+   computed first and stored last, since y may be x or residual. */
+static inline void FN(affine_run_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                     const REAL *heads, const REAL *scales, const REAL *shifts,
+                                     FN(pending) *pending, const int step, const int add,
+                                     const int relu)
+{
+    const FN(vector) head = FN(all)(*heads), scale = FN(all)(*scales), shift = FN(all)(*shifts);
+#define BN_MAKE(i)                                                                                 \
+    FN(affine_each)(x + (i), add ? residual + (i) : NULL, step ? FN(get)(heads + (i)) : head,      \
+                    step ? FN(get)(scales + (i)) : scale, step ? FN(get)(shifts + (i)) : shift,    \
+                    add, relu)
+    if (pending) {
+        BN_SEND(pending, y, n, BN_MAKE);
+    } else if (n < FN(SIZE)) {
+        for (bn_index i = 0; i < n; i++)
+            y[i] = FN(affine)(x[i], add ? residual[i] : 0, heads[step * i], scales[step * i],
+                              shifts[step * i], add, relu);
+    } else {
+        const bn_index last = n - FN(SIZE);
+        const FN(vector) end = BN_MAKE(last);
+        for (bn_index i = 0; i < last; i += FN(SIZE))
+            FN(put)(y + i, BN_MAKE(i));
+        FN(put)(y + last, end);
+    }
+#undef BN_MAKE
+}
+
+/* The same; past the cache, for a line or more, where something is or may be pending. */
+static inline void FN(affine_run)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                  const REAL *head, const REAL *scale, const REAL *shift,
+                                  FN(pending) *pending, const int step, int relu)
+{
+    if (residual && relu)
+        FN(affine_run_as)(x, residual, y, n, head, scale, shift, pending, step, 1, 1);
+    else if (residual)
+        FN(affine_run_as)(x, residual, y, n, head, scale, shift, pending, step, 1, 0);
+    else if (relu)
+        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, pending, step, 0, 1);
+    else
+        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, pending, step, 0, 0);
+}
+
+/* Adjacent runs of `length` elements, the first of them of channel c, round and round. */
+static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, char *y_bytes,
+                              bn_index elements, bn_index length, bn_affines of, bn_index c)
+{
+    const REAL *x = (const REAL *)x_bytes, *residual = (const REAL *)residual_bytes;
+    const REAL *head = (const REAL *)of.packed, *scale = head + of.width;
+    const REAL *shift = scale + of.width;
+    REAL *y = (REAL *)y_bytes;
+    FN(pending) pending = {.fill = 0}, *const stream =
+        of.stream && length >= FN(LINE) ? &pending : NULL;
+    for (bn_index at = 0; at < elements; at += length) {
+        const REAL *r = residual ? residual + at : NULL;
+        if (of.fits || FN(affine_fits)(of.affine[c])) {
+            FN(affine_run)(x + at, r, y + at, length, head + c, scale + c, shift + c, stream, 0,
+                           of.relu);
+        } else {
+            FN(end)(&pending, y + at);
+            for (bn_index i = at; i < at + length; i++)
+                y[i] = FN(affine_wide)(x[i], residual ? residual + i : NULL, of.affine[c], of.relu);
+        }
+        c = c + 1 == of.width ? 0 : c + 1;
+    }
+    FN(end)(&pending, y + elements);
+}
+
+/* Rows of n channels, for constant `rows`, `add` and `relu`: the channel vectors are loaded once for
+   all of them; in the cache, four rows take three quarters of the time of four times one. */
+static inline void FN(affine_rows_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                      const REAL *head, const REAL *scale, const REAL *shift,
+                                      const int rows, const int add, const int relu)
+{
+    bn_index c = 0;
+    for (; c + FN(SIZE) <= n; c += FN(SIZE)) {
+        const FN(vector) h = FN(get)(head + c), s = FN(get)(scale + c), t = FN(get)(shift + c);
+        _Pragma("GCC unroll 4") for (int row = 0; row < rows; row++)
+        {
+            const bn_index i = row * n + c;
+            FN(put)(y + i, FN(affine_each)(x + i, add ? residual + i : NULL, h, s, t, add, relu));
+        }
+    }
+    for (; c < n; c++)
+        for (bn_index i = c; i < rows * n; i += n)
+            y[i] = FN(affine)(x[i], add ? residual[i] : 0, head[c], scale[c], shift[c], add, relu);
+}
+
+static inline void FN(affine_rows)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                   const REAL *head, const REAL *scale, const REAL *shift,
+                                   const int rows, int relu)
+{
+    if (residual && relu)
+        FN(affine_rows_as)(x, residual, y, n, head, scale, shift, rows, 1, 1);
+    else if (residual)
+        FN(affine_rows_as)(x, residual, y, n, head, scale, shift, rows, 1, 0);
+    else if (relu)
+        FN(affine_rows_as)(x, NULL, y, n, head, scale, shift, rows, 0, 1);
+    else
+        FN(affine_rows_as)(x, NULL, y, n, head, scale, shift, rows, 0, 0);
+}
+
+/* A part of a row where some channels do not fit: these take the double path alone, so that no
+   other channel's bits change. */
+static inline void FN(affine_mixed)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+                                    const REAL *head, const REAL *scale, const REAL *shift,
+                                    const bn_affine *affine, int relu)
+{
+    for (bn_index c = 0; c < n; c++) {
+        const REAL *r = residual ? residual + c : NULL;
+        if (FN(affine_fits)(affine[c]))
+            FN(affine_run)(x + c, r, y + c, 1, head + c, scale + c, shift + c, NULL, 0, relu);
+        else
+            y[c] = FN(affine_wide)(x[c], r, affine[c], relu);
+    }
+}
+
+/* Adjacent elements from the first column on; they may end within a row. */
+static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes, char *y_bytes,
+                                 bn_index elements, bn_affines of)
+{
+    const REAL *x = (const REAL *)x_bytes, *residual = (const REAL *)residual_bytes;
+    const REAL *head = (const REAL *)of.packed, *scale = head + of.width;
+    const REAL *shift = scale + of.width;
+    REAL *y = (REAL *)y_bytes;
+    FN(pending) pending = {.fill = 0}, *const stream =
+        of.stream && of.width >= FN(LINE) ? &pending : NULL;
+    for (bn_index at = 0, n; at < elements; at += n) {
+        const REAL *r = residual ? residual + at : NULL;
+        n = bn_min(of.width, elements - at);
+        if (of.fits && stream && n == of.width) {
+            FN(affine_run)(x + at, r, y + at, n, head, scale, shift, stream, 1, of.relu);
+            continue;
+        }
+        FN(end)(&pending, y + at);
+        if (!of.fits) {
+            FN(affine_mixed)(x + at, r, y + at, n, head, scale, shift, of.affine, of.relu);
+        } else if (at + 4 * n > elements) {
+            FN(affine_rows)(x + at, r, y + at, n, head, scale, shift, 1, of.relu);
+        } else {
+            FN(affine_rows)(x + at, r, y + at, n, head, scale, shift, 4, of.relu);
+            n *= 4;
+        }
+    }
+    FN(end)(&pending, y + elements);
+}

@@ -1,0 +1,220 @@
+/* dx = g * g_scale + ((x - mean) * x_scale + shift), and dresidual = g: dy where y is absent or
+   positive, else 0. Stretches as in affine.h.  Needs REAL, FN, BN_IS_DOUBLE, affine.h. */
+
+static inline REAL FN(masked)(const REAL *dy, const REAL *y, bn_index i)
+{
+    return !y || y[i] > 0 ? dy[i] : 0;
+}
+
+static inline FN(vector) FN(masked_each)(const REAL *dy, const REAL *y, bn_index i)
+{
+    const FN(vector) g = FN(get)(dy + i);
+    return y ? FN(where)(FN(get)(y + i) > 0, g) : g;
+}
+
+/* Where x_scale is 0, as in eval mode, x does not matter, whatever it holds. */
+static inline REAL FN(gradient)(REAL g, REAL x, REAL head, REAL g_scale, REAL x_scale, REAL shift)
+{
+    const REAL spread = FN(mad)(x - head, x_scale, shift);
+    return FN(mad)(g, g_scale, x_scale == 0 ? shift : spread);
+}
+
+static inline REAL FN(gradient_wide)(REAL g, REAL x, bn_gradient gradient)
+{
+    const double spread = gradient.x_scale == 0 ? 0 : (x - gradient.mean) * gradient.x_scale;
+    return (REAL)(g * gradient.g_scale + (spread + gradient.shift));
+}
+
+static inline int FN(gradient_fits)(bn_gradient gradient)
+{
+    return BN_IS_DOUBLE || (bn_fits(gradient.mean) && bn_fits(gradient.g_scale) &&
+                            bn_fits(gradient.x_scale) && bn_fits(gradient.shift));
+}
+
+/* As pack_affine: all heads, g_scales, x_scales, shifts. */
+static int FN(pack_gradient)(const bn_gradient *gradient, bn_index count, bn_index width,
+                             char *packed)
+{
+    REAL *head = (REAL *)packed, *g_scale = head + width, *x_scale = g_scale + width;
+    REAL *shift = x_scale + width;
+    int fits = 1;
+    for (bn_index c = 0; c < count; c++) {
+        const bn_gradient one = gradient[c];
+        const double tail = FN(tail)(one.mean);
+        head[c] = (REAL)one.mean;
+        g_scale[c] = (REAL)one.g_scale;
+        x_scale[c] = (REAL)one.x_scale;
+        shift[c] = (REAL)(tail == 0 || one.x_scale == 0 ? one.shift : one.shift - tail * one.x_scale);
+        fits &= FN(gradient_fits)(one);
+    }
+    return fits;
+}
+
+/* SIZE elements from i on, whose `spread` is that of x. */
+static inline FN(vector) FN(gradient_each)(const REAL *dy, const REAL *x, const REAL *y, bn_index i,
+                                           FN(vector) head, FN(vector) g_scale,
+                                           FN(vector) x_scale, FN(vector) shift)
+{
+    const FN(vector) spread = FN(mad_each)(FN(get)(x + i) - head, x_scale, shift);
+    const FN(mask) none = x_scale == 0;
+    const FN(vector) rest = FN(where)(none, shift), sum = FN(where)(~none, spread);
+    return FN(mad_each)(FN(masked_each)(dy, y, i), g_scale, (FN(vector))((FN(mask))rest | (FN(mask))sum));
+}
+
+/* As affine_run_as: dx may be dy. */
+static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+                                    bn_index n, const REAL *heads, const REAL *g_scales,
+                                    const REAL *x_scales, const REAL *shifts,
+                                    FN(pending) *pending, const int step)
+{
+    const FN(vector) head = FN(all)(*heads), g_scale = FN(all)(*g_scales);
+    const FN(vector) x_scale = FN(all)(*x_scales), shift = FN(all)(*shifts);
+#define BN_MAKE(i)                                                                                 \
+    FN(gradient_each)(dy, x, y, i, step ? FN(get)(heads + (i)) : head,                             \
+                      step ? FN(get)(g_scales + (i)) : g_scale,                                    \
+                      step ? FN(get)(x_scales + (i)) : x_scale,                                    \
+                      step ? FN(get)(shifts + (i)) : shift)
+    if (pending) {
+        BN_SEND(pending, dx, n, BN_MAKE);
+    } else if (n < FN(SIZE)) {
+        for (bn_index i = 0; i < n; i++)
+            dx[i] = FN(gradient)(FN(masked)(dy, y, i), x[i], heads[step * i], g_scales[step * i],
+                                 x_scales[step * i], shifts[step * i]);
+    } else {
+        const bn_index last = n - FN(SIZE);
+        const FN(vector) end = BN_MAKE(last);
+        for (bn_index i = 0; i < last; i += FN(SIZE))
+            FN(put)(dx + i, BN_MAKE(i));
+        FN(put)(dx + last, end);
+    }
+#undef BN_MAKE
+}
+
+/* As affine_rows_as. */
+static inline void FN(gradient_rows)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+                                     bn_index n, const REAL *head, const REAL *g_scale,
+                                     const REAL *x_scale, const REAL *shift, const int rows)
+{
+    bn_index c = 0;
+    for (; c + FN(SIZE) <= n; c += FN(SIZE)) {
+        const FN(vector) h = FN(get)(head + c), g = FN(get)(g_scale + c);
+        const FN(vector) s = FN(get)(x_scale + c), t = FN(get)(shift + c);
+        _Pragma("GCC unroll 4") for (int row = 0; row < rows; row++)
+            FN(put)(dx + row * n + c, FN(gradient_each)(dy, x, y, row * n + c, h, g, s, t));
+    }
+    for (; c < n; c++)
+        for (bn_index i = c; i < rows * n; i += n)
+            dx[i] = FN(gradient)(FN(masked)(dy, y, i), x[i], head[c], g_scale[c], x_scale[c],
+                                 shift[c]);
+}
+
+/* A part of a row of channels some of which do not fit. */
+static inline void FN(gradient_mixed)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+                                      bn_index n, const REAL *head, const REAL *g_scale,
+                                      const REAL *x_scale, const REAL *shift,
+                                      const bn_gradient *gradient)
+{
+    for (bn_index c = 0; c < n; c++) {
+        const REAL g = FN(masked)(dy, y, c);
+        dx[c] = FN(gradient_fits)(gradient[c])
+                    ? FN(gradient)(g, x[c], head[c], g_scale[c], x_scale[c], shift[c])
+                    : FN(gradient_wide)(g, x[c], gradient[c]);
+    }
+}
+
+/* dresidual of a stretch. It is written before dx, which may be dy. */
+static inline void FN(pass_on)(const REAL *dy, const REAL *y, REAL *dresidual, bn_index n,
+                               int stream)
+{
+    FN(pending) pending = {.fill = 0};
+#define BN_MAKE(i) FN(masked_each)(dy, y, i)
+    if (stream && n >= FN(LINE))
+        BN_SEND(&pending, dresidual, n, BN_MAKE);
+    else
+        for (bn_index i = 0; i < n; i++)
+            dresidual[i] = FN(masked)(dy, y, i);
+#undef BN_MAKE
+    FN(end)(&pending, dresidual + n);
+}
+
+/* Adjacent runs of `length` elements, the first of them of channel c, round and round. */
+static inline void FN(row_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+                                       REAL *dresidual, bn_index elements, bn_index length,
+                                       bn_gradients of, bn_index c)
+{
+    const REAL *head = (const REAL *)of.packed, *g_scale = head + of.width;
+    const REAL *x_scale = g_scale + of.width, *shift = x_scale + of.width;
+    FN(pending) pending = {.fill = 0}, *const stream =
+        of.stream && length >= FN(LINE) ? &pending : NULL;
+    for (bn_index at = 0; at < elements; at += length) {
+        const REAL *mask = y ? y + at : NULL;
+        if (dresidual)
+            FN(pass_on)(dy + at, mask, dresidual + at, length, of.stream);
+        if (of.fits || FN(gradient_fits)(of.gradient[c])) {
+            FN(gradient_run)(dy + at, x + at, mask, dx + at, length, head + c, g_scale + c,
+                             x_scale + c, shift + c, stream, 0);
+        } else {
+            FN(end)(&pending, dx + at);
+            for (bn_index i = at; i < at + length; i++)
+                dx[i] = FN(gradient_wide)(FN(masked)(dy, y, i), x[i], of.gradient[c]);
+        }
+        c = c + 1 == of.width ? 0 : c + 1;
+    }
+    FN(end)(&pending, dx + elements);
+}
+
+static void FN(row_gradient)(const char *dy, const char *x, const char *y, char *dx,
+                             char *dresidual, bn_index elements, bn_index length, bn_gradients of,
+                             bn_index c)
+{
+    if (y)
+        FN(row_gradient_as)((const REAL *)dy, (const REAL *)x, (const REAL *)y, (REAL *)dx,
+                            (REAL *)dresidual, elements, length, of, c);
+    else
+        FN(row_gradient_as)((const REAL *)dy, (const REAL *)x, NULL, (REAL *)dx, (REAL *)dresidual,
+                            elements, length, of, c);
+}
+
+/* Adjacent elements from the first column on; they may end within a row. */
+static inline void FN(column_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+                                          REAL *dresidual, bn_index elements, bn_gradients of)
+{
+    const REAL *head = (const REAL *)of.packed, *g_scale = head + of.width;
+    const REAL *x_scale = g_scale + of.width, *shift = x_scale + of.width;
+    FN(pending) pending = {.fill = 0}, *const stream =
+        of.stream && of.width >= FN(LINE) ? &pending : NULL;
+    for (bn_index at = 0, n; at < elements; at += n) {
+        const REAL *mask = y ? y + at : NULL;
+        n = bn_min(of.width, elements - at);
+        if (of.fits && !stream && at + 4 * n <= elements)
+            n *= 4;
+        if (dresidual)
+            FN(pass_on)(dy + at, mask, dresidual + at, n, of.stream);
+        if (of.fits && stream && n == of.width) {
+            FN(gradient_run)(dy + at, x + at, mask, dx + at, n, head, g_scale, x_scale, shift,
+                             stream, 1);
+            continue;
+        }
+        FN(end)(&pending, dx + at);
+        if (!of.fits)
+            FN(gradient_mixed)(dy + at, x + at, mask, dx + at, n, head, g_scale, x_scale, shift,
+                               of.gradient);
+        else if (n <= of.width)
+            FN(gradient_rows)(dy + at, x + at, mask, dx + at, n, head, g_scale, x_scale, shift, 1);
+        else
+            FN(gradient_rows)(dy + at, x + at, mask, dx + at, n / 4, head, g_scale, x_scale, shift,
+                              4);
+    }
+    FN(end)(&pending, dx + elements);
+}
+
+static void FN(column_gradient)(const char *dy, const char *x, const char *y, char *dx,
+                                char *dresidual, bn_index elements, bn_gradients of)
+{
+    if (y)
+        FN(column_gradient_as)((const REAL *)dy, (const REAL *)x, (const REAL *)y, (REAL *)dx,
+                               (REAL *)dresidual, elements, of);
+    else
+        FN(column_gradient_as)((const REAL *)dy, (const REAL *)x, NULL, (REAL *)dx,
+                               (REAL *)dresidual, elements, of);
+}

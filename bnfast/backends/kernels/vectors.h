@@ -1,0 +1,176 @@
+/* Vectors as wide as the instruction set's registers: of REAL, and of sums in double.
+
+   Explicit vectors, because whether gcc 12 vectorises a loop, and how well, changes with what it is
+   inlined into: the same two lines were three times slower in one place than in the other. Sums are
+   taken in 16 lanes. Lane k takes the elements k, 16 + k, ... of a run, whatever the vector width.
+   Where there are registers for it (AVX-512) even and odd steps of 16 have sums of their own, since
+   an addition takes longer than a step otherwise needs.  Needs REAL, FN, BN_IS_DOUBLE. */
+
+#if defined(__AVX512F__)
+#define BN_VECTOR 64
+#define BN_STEPS 2
+#elif defined(__AVX__)
+#define BN_VECTOR 32
+#define BN_STEPS 1
+#else
+#define BN_VECTOR 16
+#define BN_STEPS 1
+#endif
+
+/* Elements of a vector of REAL and of a cache line; elements of a vector of double, such vectors in
+   16 lanes, and those whose elements fill a cache line of x. */
+enum {
+    FN(SIZE) = BN_VECTOR / sizeof(REAL),
+    FN(LINE) = 64 / sizeof(REAL),
+    FN(WIDTH) = BN_VECTOR / 8,
+    FN(VECTORS) = BN_LANES / FN(WIDTH),
+    FN(PER_LINE) = FN(LINE) / FN(WIDTH)
+};
+
+typedef REAL FN(vector) __attribute__((vector_size(BN_VECTOR)));
+typedef __typeof__((FN(vector)){0} > (FN(vector)){0}) FN(mask);
+typedef double FN(wide) __attribute__((vector_size(BN_VECTOR)));
+typedef REAL FN(narrow) __attribute__((vector_size(BN_VECTOR / 8 * sizeof(REAL))));
+
+/* ---- of REAL -----------------------------------------------------------------------------------*/
+
+static inline FN(vector) FN(get)(const REAL *x)
+{
+    FN(vector) some;
+    memcpy(&some, x, sizeof some);
+    return some;
+}
+
+static inline void FN(put)(REAL *y, FN(vector) some) { memcpy(y, &some, sizeof some); }
+
+/* Store past the cache; y is aligned. */
+static inline void FN(send)(REAL *y, FN(vector) some)
+{
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i *)y, (__m512i)some);
+#elif defined(__AVX__)
+    _mm256_stream_si256((__m256i *)y, (__m256i)some);
+#elif defined(__SSE2__)
+    _mm_stream_si128((__m128i *)y, (__m128i)some);
+#else
+    FN(put)(y, some);
+#endif
+}
+
+static inline FN(vector) FN(all)(REAL value) { return value - (FN(vector)){0}; }
+
+/* `some` where the mask is set, else 0. */
+static inline FN(vector) FN(where)(FN(mask) mask, FN(vector) some)
+{
+    return (FN(vector))((FN(mask))some & mask);
+}
+
+/* a * b + c, rounded once where the instruction set can. */
+static inline FN(vector) FN(mad_each)(FN(vector) a, FN(vector) b, FN(vector) c)
+{
+#if defined(__AVX512F__) && BN_IS_DOUBLE
+    return (FN(vector))_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX512F__)
+    return (FN(vector))_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && BN_IS_DOUBLE
+    return (FN(vector))_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__FMA__)
+    return (FN(vector))_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    for (int k = 0; k < FN(SIZE); k++)
+        c[k] = FN(mad)(a[k], b[k], c[k]);
+    return c;
+#endif
+}
+
+/* ---- of double ---------------------------------------------------------------------------------*/
+
+typedef struct {
+    FN(wide) part[BN_STEPS * FN(VECTORS)];
+} FN(lanes);
+
+/* Vector k of `steps` steps: a loop that the compiler must unroll, so that the lanes stay in
+   registers. */
+#define BN_EACH(k, steps) _Pragma("GCC unroll 8") for (int k = 0; k < (steps) * FN(VECTORS); k++)
+
+/* Do `one(i, k)` for every vector k of the steps from element i on, of those in n elements. */
+#define BN_STEP_THROUGH(n, one)                                                                    \
+    do {                                                                                           \
+        bn_index i_ = 0;                                                                           \
+        for (; i_ + BN_STEPS * BN_LANES <= (n); i_ += BN_STEPS * BN_LANES)                         \
+            BN_EACH(k, BN_STEPS) one(i_, k);                                                       \
+        if (BN_STEPS > 1 && i_ + BN_LANES <= (n))                                                  \
+            BN_EACH(k, 1) one(i_, k);                                                              \
+    } while (0)
+
+/* Vectors of REAL in double; gcc 12 makes four instructions of a conversion that is one. */
+static inline FN(wide) FN(widened)(FN(narrow) some)
+{
+#if BN_IS_DOUBLE
+    return some;
+#elif defined(__AVX512F__)
+    return (FN(wide))_mm512_cvtps_pd((__m256)some);
+#elif defined(__AVX__)
+    return (FN(wide))_mm256_cvtps_pd((__m128)some);
+#else
+    return __builtin_convertvector(some, FN(wide));
+#endif
+}
+
+static inline FN(wide) FN(load)(const REAL *x)
+{
+    FN(narrow) some;
+    memcpy(&some, x, sizeof some);
+    return FN(widened)(some);
+}
+
+static inline FN(wide) FN(load_wide)(const double *x)
+{
+    FN(wide) some;
+    memcpy(&some, x, sizeof some);
+    return some;
+}
+
+static inline FN(wide) FN(spread)(double value) { return value - (FN(wide)){0}; }
+
+/* a * b + c, rounded once where the instruction set can. */
+static inline FN(wide) FN(wide_mad_each)(FN(wide) a, FN(wide) b, FN(wide) c)
+{
+#if defined(__AVX512F__)
+    return (FN(wide))_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (FN(wide))_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+    for (int k = 0; k < FN(WIDTH); k++)
+        c[k] = FN(wide_mad)(a[k], b[k], c[k]);
+    return c;
+#endif
+}
+
+static inline void FN(add_lanes)(double *sum, FN(lanes) lanes)
+{
+    BN_EACH(k, 1) {
+        FN(wide) total = FN(load_wide)(sum + k * FN(WIDTH)) + lanes.part[k];
+        if (BN_STEPS > 1)
+            total += lanes.part[(BN_STEPS - 1) * FN(VECTORS) + k];
+        memcpy(sum + k * FN(WIDTH), &total, sizeof total);
+    }
+}
+
+/* `dy`, or 0 where y is not positive, NaN included. */
+static inline FN(wide) FN(load_masked)(const REAL *dy, const REAL *y)
+{
+    FN(narrow) g, output;
+    memcpy(&g, dy, sizeof g);
+    memcpy(&output, y, sizeof output);
+    const __typeof__(output > (FN(narrow)){0}) passes = output > (FN(narrow)){0};
+    return FN(widened)((FN(narrow))((__typeof__(passes))g & passes));
+}
+
+/* Part k of the last step of a run, which may overlap the one before: only its last `rest` lanes
+   count. */
+static inline FN(wide) FN(fresh)(FN(wide) value, bn_index rest, int k)
+{
+    return value * FN(load_wide)(bn_keep + rest + k * FN(WIDTH));
+}
+
