@@ -6,7 +6,8 @@ Table
     for. `register_backend` adds a row for a third party; ``auto`` never picks such a row.
 Choice
     ``argument > use_backend() > set_backend() > BNFAST_BACKEND > auto``: the one expression in
-    `current`. Wherever a name is accepted, so is a comma list, in order of preference.
+    `current`, whose last term, `_default`, is the last two. Wherever a name is accepted, so is a
+    comma list, in order of preference.
     **A named backend is strict**: if it is unknown or cannot run, that is an error, never another
     backend. ``auto`` is forgiving and follows the data: host arrays go to the first host backend
     that can run, arrays on a GPU go to the GPU backend.
