@@ -1,13 +1,25 @@
-"""C-sized work, all in float64: packing parameters, merging moments, running statistics."""
+"""C-sized work, all in float64: packing parameters, merging moments, running statistics.
+
+Of 200 ns that an operation on 64 numbers takes, NumPy spends 20 on the numbers. So what is done at
+every call is done in few operations, on several vectors at once where they are rows of one array.
+"""
 
 from __future__ import annotations
 
+from contextvars import Context
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Final
 
 import numpy as np
 
 from bnfast.spec import Channels
+
+FLOAT64: Final = np.dtype(np.float64)
+
+# Where NumPy does not warn. Running a function in a copy of it costs 40 ns, errstate 650.
+_SILENT: Final = Context()
+_SILENT.run(np.seterr, all="ignore")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +96,7 @@ def as_array(value: Any) -> np.ndarray[Any, Any]:
 
 
 def pack(vector: Any, default: float, channels: int, name: str) -> Channels:
-    """Return a parameter as the kernels want it: float64, contiguous, never None.
+    """Return a copy of a parameter as the kernels want it: float64, contiguous, never None.
 
     Raises
     ------
@@ -94,15 +106,20 @@ def pack(vector: Any, default: float, channels: int, name: str) -> Channels:
         If its shape is not ``(channels,)``.
     """
     if vector is None:
-        return np.full(channels, default)
-    array = as_array(vector)
+        packed = np.empty(channels)
+        packed.fill(default)
+        return packed
+    array = vector if type(vector) is np.ndarray else as_array(vector)
     check_vector(array, channels, name)
-    return np.ascontiguousarray(array, np.float64)
+    return array.astype(FLOAT64)
 
 
 def check_vector(array: np.ndarray[Any, Any], channels: int, name: str) -> None:
-    """Raise unless ``array`` is a vector of ``channels`` real numbers."""
-    if not is_real(array.dtype):
+    """Raise unless ``array`` is a vector of ``channels`` real numbers.
+
+    bfloat16 holds real numbers too, though NumPy calls its kind void.
+    """
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} should hold real numbers, got dtype {array.dtype}")
     if array.shape != (channels,):
         raise ValueError(
@@ -111,33 +128,65 @@ def check_vector(array: np.ndarray[Any, Any], channels: int, name: str) -> None:
         )
 
 
-def is_real(dtype: np.dtype[Any]) -> bool:
-    """Return whether ``dtype`` holds real numbers (bfloat16, which NumPy calls void, included)."""
-    return dtype.kind in "fiu" or dtype.name == "bfloat16"
-
-
-def invstd(batch: Moments, eps: float) -> Channels:
+def invstd(m2: Channels, count: int, eps: float) -> Channels:
     """Return 1 / sqrt(biased variance + eps)."""
-    with np.errstate(all="ignore"):
-        result: Channels = 1.0 / np.sqrt(batch.m2 / max(batch.count, 1) + eps)
+    return _SILENT.copy().run(_invstd, m2, count or 1, eps)
+
+
+def _invstd(m2: Channels, count: int, eps: float) -> Channels:
+    # Arrays of no dimensions: with Python's numbers, each operation takes twice the time.
+    n, n_eps = np.array(float(count)), np.array(count * eps)
+    result: Channels = np.sqrt(n / (m2 + n_eps))
     return result
 
 
 def update_running(
+    statistics: Channels,
+    count: int,
+    factor: float,
     running_mean: np.ndarray[Any, Any] | None,
     running_var: np.ndarray[Any, Any] | None,
-    batch: Moments,
-    factor: float,
 ) -> None:
     """Move the running statistics towards a batch: new = (1 - factor) * old + factor * batch.
 
     The variance that goes in is the unbiased one. Computed in float64, rounded once.
+
+    Parameters
+    ----------
+    statistics : ndarray of float64, shape (4, C)
+        The old mean and variance, the batch's mean and its sum of squared deviations.
+    count : int
+        Elements per channel, 2 or more.
+    factor : float
+        The weight of the batch.
+    running_mean, running_var : ndarray or None
+        Where to write the new statistics.
     """
-    with np.errstate(all="ignore"):
-        if running_mean is not None:
-            running_mean[...] = (1.0 - factor) * running_mean.astype(np.float64) + (
-                factor * batch.mean
-            )
-        if running_var is not None:
-            unbiased = batch.m2 / (batch.count - 1)
-            running_var[...] = (1.0 - factor) * running_var.astype(np.float64) + factor * unbiased
+    _SILENT.copy().run(_update_running, statistics, count, factor, running_mean, running_var)
+
+
+def _update_running(
+    statistics: Channels,
+    count: int,
+    factor: float,
+    running_mean: np.ndarray[Any, Any] | None,
+    running_var: np.ndarray[Any, Any] | None,
+) -> None:
+    terms = statistics * _shares(factor, count, statistics.shape[1])
+    new = terms[:2] + terms[2:]
+    if running_mean is not None:
+        running_mean[...] = new[0]
+    if running_var is not None:
+        running_var[...] = new[1]
+
+
+@lru_cache(maxsize=64)
+def _shares(factor: float, count: int, channels: int) -> Channels:
+    """Return what each row of ``statistics`` is multiplied with.
+
+    In their full shape: with one number a row, the multiplication takes three times as long.
+    """
+    column = np.array([[1.0 - factor], [1.0 - factor], [factor], [factor / (count - 1)]])
+    shares = np.repeat(column, channels, axis=1)
+    shares.flags.writeable = False
+    return shares

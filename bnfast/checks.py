@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import channels, registry
+from bnfast.layout import Plan
 
 
 def admit(x: Any, ndim: tuple[int, ...] | None) -> NDArray[Any]:
@@ -52,7 +53,7 @@ def is_relu(activation: str | None) -> bool:
 
 def check_eps(eps: float, training: bool) -> None:
     """Raise ValueError unless ``eps`` is finite and not negative; in training it must exceed 0."""
-    if not (math.isfinite(eps) and eps >= 0.0):
+    if not 0.0 <= eps < math.inf:
         raise ValueError(f"batch_norm eps must be finite and non-negative, but got {eps}")
     if training and eps == 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
@@ -70,45 +71,41 @@ def check_like(array: Any, x: NDArray[Any], name: str) -> NDArray[Any]:
     return checked
 
 
-def check_out(
-    out: Any,
-    x: NDArray[Any],
-    may_be: Mapping[str, NDArray[Any] | None],
-    may_not_be: Mapping[str, NDArray[Any] | None] | None = None,
-) -> None:
-    """Raise unless ``out`` can take a result shaped like ``x``.
+def check_out(out: Any, plan: Plan, may_be: Mapping[str, NDArray[Any] | None]) -> None:
+    """Raise unless ``out`` can take the result of a call on an array of this plan.
 
-    It may be one of the arrays of ``may_be`` itself, but overlaps none of them otherwise, and none
-    of ``may_not_be`` at all.
+    It may be one of the arrays of ``may_be`` itself, but overlaps none of them otherwise.
     """
-    if not (isinstance(out, np.ndarray) or registry.on_device(out)):
-        raise TypeError(f"out should be an array like x, got {type(out).__name__}")
-    channels.refuse_mask(out)
-    if out.shape != x.shape:
-        raise ValueError(f"out should have the shape of x, {x.shape}, got {out.shape}")
-    if out.dtype != x.dtype.newbyteorder("="):
-        raise TypeError(f"out should have dtype {x.dtype.newbyteorder('=')}, got {out.dtype}")
-    if not out.flags.writeable:
-        raise ValueError("out is read-only")
-    repeated = any(n > 1 and step == 0 for n, step in zip(out.shape, out.strides, strict=True))
-    if out.size and repeated:
-        raise ValueError("out has elements that share their memory")
+    if type(out) is not np.ndarray:
+        if not (isinstance(out, np.ndarray) or registry.on_device(out)):
+            raise TypeError(f"out should be an array like x, got {type(out).__name__}")
+        channels.refuse_mask(out)
+    if out.shape != plan.shape:
+        raise ValueError(f"out should have the shape of x, {plan.shape}, got {out.shape}")
+    if out.dtype != plan.dtype:
+        raise TypeError(f"out should have dtype {plan.dtype}, got {out.dtype}")
+    if not out.flags.carray:  # which is contiguous and writable; that covers most calls
+        if not out.flags.writeable:
+            raise ValueError("out is read-only")
+        if _repeats(out):
+            raise ValueError("out has elements that share their memory")
     for name, array in may_be.items():
-        if array is not out and array is not None and not is_same(out, array):
-            _check_apart(out, array, f"out overlaps {name} without being {name} itself")
-    check_apart(out, may_not_be or {})
+        if array is not out and _overlap(out, array) and not is_same(out, array):
+            raise ValueError(f"out overlaps {name} without being {name} itself")
 
 
 def check_apart(out: NDArray[Any] | None, arrays: Mapping[str, Any]) -> None:
     """Raise ValueError if ``out`` overlaps one of ``arrays``."""
     if out is not None:
         for name, array in arrays.items():
-            if isinstance(array, np.ndarray):
-                _check_apart(out, array, f"out overlaps {name}")
+            if _overlap(out, array):
+                raise ValueError(f"out overlaps {name}")
 
 
-def is_same(a: NDArray[Any], b: NDArray[Any]) -> bool:
+def is_same(a: Any, b: Any) -> bool:
     """Return whether two arrays of one shape are the same elements in the same places."""
+    if a is b or not np.may_share_memory(a, b):
+        return a is b
     if a.__array_interface__["data"] != b.__array_interface__["data"]:
         return False
     return all(
@@ -116,17 +113,22 @@ def is_same(a: NDArray[Any], b: NDArray[Any]) -> bool:
     )
 
 
-def _check_apart(out: NDArray[Any], array: NDArray[Any], message: str) -> None:
-    """Raise ValueError if two arrays share memory, or if that is too hard to tell."""
-    if not np.may_share_memory(out, array):
-        return
+def _repeats(array: NDArray[Any]) -> bool:
+    """Return whether the array is broadcast, several of its elements lying in one place."""
+    return array.size > 0 and any(
+        n > 1 and step == 0 for n, step in zip(array.shape, array.strides, strict=True)
+    )
+
+
+def _overlap(a: Any, b: Any) -> bool:
+    """Return whether two arrays share memory, or that is too hard to tell; None shares none."""
+    if b is None or not np.may_share_memory(a, b):
+        return False
     max_work: Any = 100_000  # the problem is NP-complete; NumPy's stub knows -1 and 0 alone
     try:
-        shared = np.shares_memory(out, array, max_work=max_work)
+        return np.shares_memory(a, b, max_work=max_work)
     except np.exceptions.TooHardError:
-        shared = True
-    if shared:
-        raise ValueError(message)
+        return True
 
 
 def check_both_running(mean: Any, var: Any) -> None:
@@ -136,9 +138,7 @@ def check_both_running(mean: Any, var: Any) -> None:
 
 
 def check_running(running: Any, count: int, name: str) -> None:
-    """Raise unless ``running`` is None or a vector of ``count`` that can be updated in place."""
-    if running is None:
-        return
+    """Raise unless ``running`` is a vector of ``count`` that can be updated in place."""
     if not isinstance(running, np.ndarray):
         raise TypeError(f"{name} should be an array: training updates it in place")
     channels.refuse_mask(running)

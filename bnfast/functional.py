@@ -140,13 +140,17 @@ def batch_norm(
             x, mean, var, packed_weight, packed_bias, eps, residual, relu, out, backend
         )
     check_both_running(running_mean, running_var)
-    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-        check_running(running, count, name)
-    check_apart(out, {"running_mean": running_mean, "running_var": running_var})
-    trained = train_packed(x, packed_weight, packed_bias, eps, residual, relu, out, backend)
-    if trained.batch.count:
-        channels.update_running(running_mean, running_var, trained.batch, momentum)
-    return trained.y
+    statistics = np.empty((4, count))
+    if running_mean is not None and running_var is not None:
+        check_running(running_mean, count, "running_mean")
+        check_running(running_var, count, "running_var")
+        check_apart(out, {"running_mean": running_mean, "running_var": running_var})
+        statistics[0], statistics[1] = running_mean, running_var
+    mean, m2 = statistics[2], statistics[3]
+    y, n = train_packed(x, packed_weight, packed_bias, mean, m2, eps, residual, relu, out, backend)
+    if n and running_mean is not None:
+        channels.update_running(statistics, n, momentum, running_mean, running_var)
+    return y
 
 
 def batch_norm_with_stats(
@@ -180,8 +184,9 @@ def batch_norm_with_stats(
     check_eps(eps, training=True)
     packed_weight = channels.pack(weight, 1.0, count, "weight")
     packed_bias = channels.pack(bias, 0.0, count, "bias")
-    trained = train_packed(x, packed_weight, packed_bias, eps, residual, relu, out, backend)
-    return trained.y, trained.batch.mean, channels.invstd(trained.batch, eps)
+    mean, m2 = np.empty(count), np.empty(count)
+    y, n = train_packed(x, packed_weight, packed_bias, mean, m2, eps, residual, relu, out, backend)
+    return y, mean, channels.invstd(m2, n, eps)
 
 
 def batch_norm_backward(
@@ -274,7 +279,8 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
         In float64, ready to be merged with those of other batches.
     """
     x = admit(x, ndim=None)
-    kernels, plan = _dispatch(x, backend)
+    kernels = registry.choose(backend, x)
+    plan = layout.plan(x.shape, x.strides, x.dtype)
     x_form = kernels.view(x, plan)
     mean, m2 = np.empty(x.shape[1]), np.empty(x.shape[1])
     num_threads = threads.claim(x.size)
@@ -283,13 +289,6 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
     finally:
         threads.release(num_threads)
     return Moments(plan.count, mean, m2)
-
-
-class Trained(NamedTuple):
-    """What a training forward leaves behind."""
-
-    y: NDArray[Any]
-    batch: Moments
 
 
 def normalize_packed(
@@ -305,7 +304,8 @@ def normalize_packed(
     backend: str | None,
 ) -> NDArray[Any]:
     """Run ``normalize`` on an admitted array with packed channel vectors."""
-    kernels, plan = _dispatch(x, backend)
+    kernels = registry.choose(backend, x)
+    plan = layout.plan(x.shape, x.strides, x.dtype)
     x_form, residual_form = _sources(x, residual, out, plan, kernels)
     y, y_form = _destination(out, plan, kernels, x)
     num_threads = threads.claim(x.size)
@@ -331,21 +331,26 @@ def train_packed(
     x: NDArray[Any],
     weight: Channels,
     bias: Channels,
+    mean: Channels,
+    m2: Channels,
     eps: float,
     residual: Any,
     relu: bool,
     out: Any,
     backend: str | None,
-) -> Trained:
-    """Run ``train`` on an admitted array with packed channel vectors."""
-    kernels, plan = _dispatch(x, backend)
+) -> tuple[NDArray[Any], int]:
+    """Run ``train`` on an admitted array with packed channel vectors; fill ``mean`` and ``m2``.
+
+    Returns the result, and the number of elements per channel.
+    """
+    kernels = registry.choose(backend, x)
+    plan = layout.plan(x.shape, x.strides, x.dtype)
     if plan.count == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"
         )
     x_form, residual_form = _sources(x, residual, out, plan, kernels)
     y, y_form = _destination(out, plan, kernels, x)
-    mean, m2 = np.empty(weight.shape), np.empty(weight.shape)
     num_threads = threads.claim(x.size)
     try:
         kernels.train(
@@ -362,7 +367,7 @@ def train_packed(
         )
     finally:
         threads.release(num_threads)
-    return Trained(_deliver(out, y), Moments(plan.count, mean, m2))
+    return _deliver(out, y), plan.count
 
 
 def backward_packed(
@@ -378,12 +383,14 @@ def backward_packed(
     backend: str | None,
 ) -> Gradients:
     """Run the backward kernels on an admitted array; ``y`` is given where ReLU was fused."""
-    kernels, plan = _dispatch(x, backend)
+    kernels = registry.choose(backend, x)
+    plan = layout.plan(x.shape, x.strides, x.dtype)
     dy = check_like(dy, x, "dy")
     relu = y is not None
     y_form = kernels.view(check_like(y, x, "y"), plan) if relu else None
     if out is not None:
-        check_out(out, x, may_be={"dy": dy}, may_not_be={"x": x, "y": y})
+        check_out(out, plan, may_be={"dy": dy})
+        check_apart(out, {"x": x, "y": y})
     dx, dx_form = _destination(out, plan, kernels, x)
     dresidual = kernels.empty(plan, like=x) if want_residual else None
     dresidual_form = None if dresidual is None else kernels.view(dresidual, plan)
@@ -439,11 +446,6 @@ def backward_packed(
     return Gradients(_deliver(out, dx), sum_dy_xhat, sum_dy, dresidual)
 
 
-def _dispatch(x: NDArray[Any], backend: str | None) -> tuple[Kernels, Plan]:
-    """Choose the kernels for ``x`` and plan its way to them."""
-    return registry.choose(backend, x), layout.plan(x.shape, x.strides, x.dtype)
-
-
 def _sources(
     x: NDArray[Any], residual: Any, out: Any, plan: Plan, kernels: Kernels
 ) -> tuple[Floats, Floats | None]:
@@ -451,7 +453,7 @@ def _sources(
     if residual is not None:
         residual = check_like(residual, x, "residual")
     if out is not None:
-        check_out(out, x, may_be={"x": x, "residual": residual})
+        check_out(out, plan, may_be={"x": x, "residual": residual})
     return kernels.view(x, plan), None if residual is None else kernels.view(residual, plan)
 
 

@@ -104,9 +104,9 @@ def plan(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[np.ge
 
 
 def lies_as(array: Any, other: Plan) -> bool:
-    """Return whether ``array`` has the memory order of ``other``, without gaps and aligned."""
-    own = plan(array.shape, array.strides, array.dtype)
-    return bool(own.dense and own.axes == other.axes and array.flags.aligned)
+    """Return whether ``array`` has the memory order of ``other``, writable, aligned, no gaps."""
+    ordered = array if other.axes is None else array.transpose(other.axes)
+    return bool(ordered.flags.carray)
 
 
 def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ Table
     for. `register_backend` adds a row for a third party; ``auto`` never picks such a row.
 Choice
     ``argument > use_backend() > set_backend() > BNFAST_BACKEND > auto``: the one expression in
-    `current`. Wherever a name is accepted, so is a comma list, in order of preference.
+    `current`, whose last term, `_default`, is the last two. Wherever a name is accepted, so is a
+    comma list, in order of preference.
     **A named backend is strict**: if it is unknown or cannot run, that is an error, never another
     backend. ``auto`` is forgiving and follows the data: host arrays go to the first host backend
     that can run, arrays on a GPU go to the GPU backend.
@@ -15,7 +16,7 @@ Reasons
     returns a sentence. Any other exception is a bug in the backend and propagates.
 Cost
     `choose` is on the way of every call: about 0.1 microseconds (``benchmarks/test_choice.py``).
-    Hence the cached `_resolve`, `_environment` and `_automatic`. Only successes are cached, and a
+    Hence the cached `_default`, `_resolve` and `_automatic`. Only successes are cached, and a
     row is never replaced, so nothing cached can go stale.
 """
 
@@ -288,8 +289,7 @@ def current(argument: str | None = None) -> Choice:
         (None if argument is None else _named(argument, "the argument backend="))
         or _context_choice.get()
         or _process_choice
-        or _environment()
-        or _automatic()
+        or _default()
     )
 
 
@@ -299,11 +299,16 @@ def _instruction_set_limit() -> str:
     return os.environ.get("BNFAST_ISA", "").strip()
 
 
-@functools.cache
 def _environment() -> Choice | None:
     """Return what ``BNFAST_BACKEND`` chooses; None if it is unset or empty."""
     names = os.environ.get("BNFAST_BACKEND", "").strip()
     return _named(names, "the environment variable BNFAST_BACKEND") if names else None
+
+
+@functools.cache
+def _default() -> Choice:
+    """Return the choice where the program made none: ``BNFAST_BACKEND`` before ``auto``."""
+    return _environment() or _automatic()
 
 
 @functools.cache
@@ -448,5 +453,5 @@ def _reset() -> None:
     _table.update({entry.name: entry for entry in _BUILT_IN})
     _process_choice = None
     _announcement = threading.Lock()
-    for cached in (_environment, _instruction_set_limit, _automatic, _resolve):
+    for cached in (_default, _instruction_set_limit, _automatic, _resolve):
         cached.cache_clear()

@@ -198,6 +198,31 @@ def test_writing_a_vector_in_place_takes_effect(rng, dtype, training):
     assert_same_bits("y", layer(x), fresh(x))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", VECTORS)
+def test_one_number_written_between_calls_takes_effect(rng, name, dtype):
+    """An eval call packs the vectors again where a number has changed: there, and back again."""
+    layer = bnfast.BatchNorm2d(3, dtype=dtype).eval()
+    layer.load_state_dict(trained(rng).state_dict())
+    x = draw(rng)
+    before = layer(x)
+    vector = getattr(layer, name)
+    old, vector[1] = vector[1], np.nextafter(vector[1], dtype(9), dtype=dtype)
+    fresh = bnfast.BatchNorm2d(3, dtype=dtype).eval()
+    fresh.load_state_dict(layer.state_dict())
+    assert_same_bits("y after a step of one ulp", layer(x), fresh(x))
+    vector[1] = np.nan
+    assert np.isnan(layer(x)[:, 1]).all()
+    vector[1] = old
+    assert_same_bits("y as it was", layer(x), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_without_channels(training):
+    layer = bnfast.BatchNorm2d(0).train(training)
+    assert layer(np.empty((2, 0, 3, 3), np.float32)).shape == (2, 0, 3, 3)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_assigning_a_vector_copies_it(rng, training):
     layer, other = bnfast.BatchNorm2d(3).train(training), bnfast.BatchNorm2d(3).train(training)
