@@ -51,7 +51,7 @@ cdef extern from "kernels/tasks.h" nogil:
     bint bn_outgrows(const bn_call *, Py_ssize_t)
     void *bn_allocate(bn_call *, int needs)
     enum:
-        BN_MOMENTS, BN_SUMS, BN_AFFINE, BN_GRADIENT
+        BN_MOMENTS, BN_SUMS, BN_FACTORS
     Py_ssize_t bn_panels(const bn_call *)
     Py_ssize_t bn_groups(const bn_call *)
     Py_ssize_t bn_preludes(const bn_call *)
@@ -230,7 +230,7 @@ def normalize(
         phases[1] = Phase(bn_column_normalize, call.spans)
     else:
         phases[1] = Phase(bn_row_normalize, call.units.count)
-    start(&call, phases, 2, num_threads, BN_AFFINE)
+    start(&call, phases, 2, num_threads, BN_FACTORS)
 
 
 def train(
@@ -257,7 +257,7 @@ def train(
     else:
         phases[0] = Phase(bn_row_moments, call.slabs * call.tiles.count)
         phases[2] = Phase(bn_row_normalize, call.units.count)
-    start(&call, phases, count, num_threads, BN_MOMENTS | BN_AFFINE)
+    start(&call, phases, count, num_threads, BN_MOMENTS | BN_FACTORS)
 
 
 cdef inline void write_forward(bn_call *call, cnp.ndarray residual, cnp.ndarray y) noexcept:
@@ -296,7 +296,7 @@ def backward_input(
     write_backward(&call, dx, dresidual)
     phases[0] = Phase(bn_gradient_prelude, bn_preludes(&call))
     phases[1] = gradient_phase(&call)
-    start(&call, phases, 2, num_threads, BN_GRADIENT)
+    start(&call, phases, 2, num_threads, BN_FACTORS)
 
 
 def backward(
@@ -320,7 +320,7 @@ def backward(
         sum_phases(&call, phases)
         phases[2] = Phase(bn_sums_to_gradient, bn_groups(&call))
         phases[3] = gradient_phase(&call)
-    start(&call, phases, count, num_threads, BN_SUMS | BN_GRADIENT)
+    start(&call, phases, count, num_threads, BN_SUMS | BN_FACTORS)
 
 
 cdef inline void read_backward(

@@ -22,33 +22,39 @@ static inline REAL FN(affine_wide)(REAL x, const REAL *residual, bn_affine affin
 
 static inline int FN(affine_fits)(bn_affine affine)
 {
-    return BN_IS_DOUBLE || (bn_fits(affine.mean) && bn_fits(affine.scale) &&
+    return BN_IS_DOUBLE || (bn_fits(affine.mean) & bn_fits(affine.scale) &
                             !(fabs(affine.bias) > 0x1p100));
+}
+
+static inline bn_affine FN(affine_of)(const bn_affines *of, bn_index column)
+{
+    const bn_index c = column % of->channels;
+    const bn_affine affine = {of->mean[c], of->scale[c], of->bias[c]};
+    return affine;
 }
 
 /* What REAL leaves of a mean; 0 for float64, where infinity - infinity would be NaN. */
 static inline double FN(tail)(double mean) { return BN_IS_DOUBLE ? 0 : mean - (REAL)mean; }
 
-/* scale = weight / sqrt(var / count + eps) of n channels: a loop of its own, which vectorises. */
-static void FN(find_scales)(const double *weight, const double *var, double count, double eps,
-                            bn_index n, double *scale)
+/* scale = weight / sqrt(var / count + eps) of n channels; and what a kernel needs of each in REAL:
+   all heads, all scales, all shifts of `width` channels. Return whether every channel fits. */
+static int FN(find_affine)(const double *mean, const double *var, double count,
+                           const double *weight, const double *bias, double eps, bn_index n,
+                           bn_index width, double *scale, char *packed)
 {
+    REAL *head = (REAL *)packed, *scales = head + width, *shift = scales + width;
+    int fits = 1;
     BN_SIMD for (bn_index c = 0; c < n; c++)
         scale[c] = weight[c] / sqrt(var[c] / count + eps);
-}
-
-/* Put the vectors of n of `width` channels into REAL: all heads, all scales, all shifts. Return
-   whether every channel fits. */
-static int FN(pack_affine)(const bn_affine *affine, bn_index n, bn_index width, char *packed)
-{
-    REAL *head = (REAL *)packed, *scale = head + width, *shift = scale + width;
-    int fits = 1;
+    BN_SIMD for (bn_index c = 0; c < n; c++) {
+        const double tail = FN(tail)(mean[c]), moved = bias[c] - tail * scale[c];
+        head[c] = (REAL)mean[c];
+        scales[c] = (REAL)scale[c];
+        shift[c] = (REAL)(tail == 0 ? bias[c] : moved);
+    }
     for (bn_index c = 0; c < n; c++) {
-        const double tail = FN(tail)(affine[c].mean);
-        head[c] = (REAL)affine[c].mean;
-        scale[c] = (REAL)affine[c].scale;
-        shift[c] = (REAL)(tail == 0 ? affine[c].bias : affine[c].bias - tail * affine[c].scale);
-        fits &= FN(affine_fits)(affine[c]);
+        const bn_affine affine = {mean[c], scale[c], bias[c]};
+        fits &= FN(affine_fits)(affine);
     }
     return fits;
 }
@@ -121,13 +127,14 @@ static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, c
     FN(begin)(&pending);
     for (bn_index at = 0; at < elements; at += length) {
         const REAL *r = residual ? residual + at : NULL;
-        if (of.fits || FN(affine_fits)(of.affine[c])) {
+        if (of.fits || FN(affine_fits)(FN(affine_of)(&of, c))) {
             FN(affine_run)(x + at, r, y + at, length, head + c, scale + c, shift + c, stream, 0,
                            of.relu);
         } else {
             FN(end)(&pending, y + at);
             for (bn_index i = at; i < at + length; i++)
-                y[i] = FN(affine_wide)(x[i], residual ? residual + i : NULL, of.affine[c], of.relu);
+                y[i] = FN(affine_wide)(x[i], residual ? residual + i : NULL, FN(affine_of)(&of, c),
+                                       of.relu);
         }
         c = c + 1 == of.width ? 0 : c + 1;
     }
@@ -172,14 +179,15 @@ static inline void FN(affine_rows)(const REAL *x, const REAL *residual, REAL *y,
    other channel's bits change. */
 static inline void FN(affine_mixed)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
                                     const REAL *head, const REAL *scale, const REAL *shift,
-                                    const bn_affine *affine, int relu)
+                                    const bn_affines *of)
 {
     for (bn_index c = 0; c < n; c++) {
         const REAL *r = residual ? residual + c : NULL;
-        if (FN(affine_fits)(affine[c]))
-            FN(affine_run)(x + c, r, y + c, 1, head + c, scale + c, shift + c, NULL, 0, relu);
+        const bn_affine affine = FN(affine_of)(of, c);
+        if (FN(affine_fits)(affine))
+            FN(affine_run)(x + c, r, y + c, 1, head + c, scale + c, shift + c, NULL, 0, of->relu);
         else
-            y[c] = FN(affine_wide)(x[c], r, affine[c], relu);
+            y[c] = FN(affine_wide)(x[c], r, affine, of->relu);
     }
 }
 
@@ -203,7 +211,7 @@ static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes
         }
         FN(end)(&pending, y + at);
         if (!of.fits) {
-            FN(affine_mixed)(x + at, r, y + at, n, head, scale, shift, of.affine, of.relu);
+            FN(affine_mixed)(x + at, r, y + at, n, head, scale, shift, &of);
         } else if (at + 4 * n > elements) {
             FN(affine_rows)(x + at, r, y + at, n, head, scale, shift, 1, of.relu);
         } else {

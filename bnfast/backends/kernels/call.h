@@ -44,7 +44,7 @@ typedef struct {
 } bn_cut;
 
 /* What a call needs beside its arrays. */
-enum { BN_MOMENTS = 1, BN_SUMS = 2, BN_AFFINE = 4, BN_GRADIENT = 8 };
+enum { BN_MOMENTS = 1, BN_SUMS = 2, BN_FACTORS = 4 };
 
 typedef struct {
     const bn_kernels *kernels;
@@ -68,9 +68,8 @@ typedef struct {
     bn_moments *moments;              /* of each part of a sum */
     bn_sums *sums;
     double *wide_mean;                /* channels-last: the mean of every column of a wide row */
-    bn_affine *affine;                /* per channel, or per column of a wide row */
-    bn_gradient *gradient;
-    char *packed;                     /* the same in the dtype of x */
+    double *scale;                    /* affine: scales; gradient: g_scales, x_scales, shifts */
+    char *packed;                     /* these and more in the dtype of x: see bn_affines */
     char *fits;                       /* per group of channels: whether these fit that dtype */
 } bn_call;
 
@@ -196,20 +195,18 @@ static inline void *bn_allocate(bn_call *call, int needs)
     const size_t moments = needs & BN_MOMENTS ? entries * sizeof(bn_moments) : 0;
     const size_t sums = needs & BN_SUMS ? entries * sizeof(bn_sums) : 0;
     const size_t means = needs & BN_SUMS && call->rows ? width * sizeof(double) : 0;
-    const size_t affine = needs & BN_AFFINE ? width * sizeof(bn_affine) : 0;
-    const size_t gradient = needs & BN_GRADIENT ? width * sizeof(bn_gradient) : 0;
-    const size_t packed = affine || gradient ? 4 * width * sizeof(double) : 0;
-    char *const block = (char *)malloc(packed + moments + sums + means + affine + gradient +
-                                       width / BN_GROUP + 1 + 64);
+    const size_t scale = needs & BN_FACTORS ? 3 * (size_t)call->channels * sizeof(double) : 0;
+    const size_t packed = needs & BN_FACTORS ? 4 * width * sizeof(double) : 0;
+    char *const block =
+        (char *)malloc(packed + moments + sums + means + scale + width / BN_GROUP + 1 + 64);
     if (!block)
         return NULL;
     call->packed = block + -(uintptr_t)block % 64;
     call->moments = (bn_moments *)(call->packed + packed);
     call->sums = (bn_sums *)((char *)call->moments + moments);
     call->wide_mean = (double *)((char *)call->sums + sums);
-    call->affine = (bn_affine *)((char *)call->wide_mean + means);
-    call->gradient = (bn_gradient *)((char *)call->affine + affine);
-    call->fits = (char *)call->gradient + gradient;
+    call->scale = (double *)((char *)call->wide_mean + means);
+    call->fits = (char *)call->scale + scale;
     return block;
 }
 

@@ -91,20 +91,20 @@ typedef struct {
     bn_index runs, length, stride, channels, apart;
 } bn_tile;
 
-/* The vectors of all channels, or of all columns of a wide row, as an elementwise kernel wants
-   them: `packed` in the dtype of x, where they fit. */
+/* What an elementwise kernel multiplies with and adds: in the dtype of x for each of `width` columns
+   of a wide row (or channels), one vector behind the other, and in double for each channel. */
 typedef struct {
-    const bn_affine *affine;
     const char *packed;
-    bn_index width;
+    bn_index width, channels;
     int fits, relu, stream;
+    const double *mean, *scale, *bias;
 } bn_affines;
 
 typedef struct {
-    const bn_gradient *gradient;
     const char *packed;
-    bn_index width;
+    bn_index width, channels;
     int fits, stream;
+    const double *mean, *g_scale, *x_scale, *shift;
 } bn_gradients;
 
 typedef struct {
@@ -125,18 +125,20 @@ typedef struct {
                          bn_index elements, bn_index length, bn_gradients of, bn_index c);
     void (*column_gradient)(const char *dy, const char *x, const char *y, char *dx,
                             char *dresidual, bn_index elements, bn_gradients of);
-    void (*find_scales)(const double *weight, const double *var, double count, double eps,
-                        bn_index n, double *scale);
-    int (*pack_affine)(const bn_affine *affine, bn_index n, bn_index width, char *packed);
-    int (*pack_gradient)(const bn_gradient *gradient, bn_index n, bn_index width, char *packed);
+    int (*find_affine)(const double *mean, const double *var, double count, const double *weight,
+                       const double *bias, double eps, bn_index n, bn_index width, double *scale,
+                       char *packed);
+    int (*pack_gradient)(const double *mean, const double *g_scale, const double *x_scale,
+                         const double *shift, bn_index n, bn_index width, char *packed);
 } bn_kernels;
 
 /* Whether float32 holds a factor or an offset without leaving its comfortable range. Outside it
-   (or at an infinity) a channel is computed in double; NaN is as well computed either way. */
+   (or at an infinity) a channel is computed in double; NaN is as well computed either way. No
+   branches, so that a loop over channels vectorises. */
 static inline int bn_fits(double value)
 {
     const double magnitude = fabs(value), limit = 0x1p100;
-    return !(magnitude > limit || (magnitude < 1.0 / limit && magnitude != 0.0));
+    return !((magnitude > limit) | ((magnitude < 1.0 / limit) & (magnitude != 0.0)));
 }
 
 /* An initialiser would become `rep stos`, which takes longer than the sum of 49 elements. */

@@ -27,25 +27,34 @@ static inline REAL FN(gradient_wide)(REAL g, REAL x, bn_gradient gradient)
 
 static inline int FN(gradient_fits)(bn_gradient gradient)
 {
-    return BN_IS_DOUBLE || (bn_fits(gradient.mean) && bn_fits(gradient.g_scale) &&
-                            bn_fits(gradient.x_scale) && bn_fits(gradient.shift));
+    return BN_IS_DOUBLE || (bn_fits(gradient.mean) & bn_fits(gradient.g_scale) &
+                            bn_fits(gradient.x_scale) & bn_fits(gradient.shift));
 }
 
-/* As pack_affine: all heads, g_scales, x_scales, shifts. */
-static int FN(pack_gradient)(const bn_gradient *gradient, bn_index n, bn_index width,
-                             char *packed)
+static inline bn_gradient FN(gradient_of)(const bn_gradients *of, bn_index column)
 {
-    REAL *head = (REAL *)packed, *g_scale = head + width, *x_scale = g_scale + width;
-    REAL *shift = x_scale + width;
+    const bn_index c = column % of->channels;
+    const bn_gradient gradient = {of->mean[c], of->g_scale[c], of->x_scale[c], of->shift[c]};
+    return gradient;
+}
+
+/* As find_affine: all heads, g_scales, x_scales, shifts in REAL. */
+static int FN(pack_gradient)(const double *mean, const double *g_scale, const double *x_scale,
+                             const double *shift, bn_index n, bn_index width, char *packed)
+{
+    REAL *head = (REAL *)packed, *g_scales = head + width, *x_scales = g_scales + width;
+    REAL *shifts = x_scales + width;
     int fits = 1;
+    BN_SIMD for (bn_index c = 0; c < n; c++) {
+        const double tail = FN(tail)(mean[c]), moved = shift[c] - tail * x_scale[c];
+        head[c] = (REAL)mean[c];
+        g_scales[c] = (REAL)g_scale[c];
+        x_scales[c] = (REAL)x_scale[c];
+        shifts[c] = (REAL)((tail == 0) | (x_scale[c] == 0) ? shift[c] : moved);
+    }
     for (bn_index c = 0; c < n; c++) {
-        const bn_gradient one = gradient[c];
-        const double tail = FN(tail)(one.mean);
-        head[c] = (REAL)one.mean;
-        g_scale[c] = (REAL)one.g_scale;
-        x_scale[c] = (REAL)one.x_scale;
-        shift[c] = (REAL)(tail == 0 || one.x_scale == 0 ? one.shift : one.shift - tail * one.x_scale);
-        fits &= FN(gradient_fits)(one);
+        const bn_gradient gradient = {mean[c], g_scale[c], x_scale[c], shift[c]};
+        fits &= FN(gradient_fits)(gradient);
     }
     return fits;
 }
@@ -112,13 +121,14 @@ static inline void FN(gradient_rows)(const REAL *dy, const REAL *x, const REAL *
 static inline void FN(gradient_mixed)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
                                       bn_index n, const REAL *head, const REAL *g_scale,
                                       const REAL *x_scale, const REAL *shift,
-                                      const bn_gradient *gradient)
+                                      const bn_gradients *of)
 {
     for (bn_index c = 0; c < n; c++) {
         const REAL g = FN(masked)(dy, y, c);
-        dx[c] = FN(gradient_fits)(gradient[c])
+        const bn_gradient gradient = FN(gradient_of)(of, c);
+        dx[c] = FN(gradient_fits)(gradient)
                     ? FN(gradient)(g, x[c], head[c], g_scale[c], x_scale[c], shift[c])
-                    : FN(gradient_wide)(g, x[c], gradient[c]);
+                    : FN(gradient_wide)(g, x[c], gradient);
     }
 }
 
@@ -152,13 +162,13 @@ static inline void FN(row_gradient_as)(const REAL *dy, const REAL *x, const REAL
         const REAL *mask = y ? y + at : NULL;
         if (dresidual)
             FN(pass_on)(dy + at, mask, dresidual + at, length, of.stream);
-        if (of.fits || FN(gradient_fits)(of.gradient[c])) {
+        if (of.fits || FN(gradient_fits)(FN(gradient_of)(&of, c))) {
             FN(gradient_run)(dy + at, x + at, mask, dx + at, length, head + c, g_scale + c,
                              x_scale + c, shift + c, stream, 0);
         } else {
             FN(end)(&pending, dx + at);
             for (bn_index i = at; i < at + length; i++)
-                dx[i] = FN(gradient_wide)(FN(masked)(dy, y, i), x[i], of.gradient[c]);
+                dx[i] = FN(gradient_wide)(FN(masked)(dy, y, i), x[i], FN(gradient_of)(&of, c));
         }
         c = c + 1 == of.width ? 0 : c + 1;
     }
@@ -201,7 +211,7 @@ static inline void FN(column_gradient_as)(const REAL *dy, const REAL *x, const R
         FN(end)(&pending, dx + at);
         if (!of.fits)
             FN(gradient_mixed)(dy + at, x + at, mask, dx + at, n, head, g_scale, x_scale, shift,
-                               of.gradient);
+                               &of);
         else if (n <= of.width)
             FN(gradient_rows)(dy + at, x + at, mask, dx + at, n, head, g_scale, x_scale, shift, 1);
         else

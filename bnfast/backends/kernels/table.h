@@ -3,5 +3,5 @@
 static const bn_kernels FN(kernels) = {
     sizeof(REAL),         FN(row_moments),      FN(row_sums),         FN(column_moments),
     FN(column_sums),      FN(row_normalize),    FN(column_normalize), FN(row_gradient),
-    FN(column_gradient),  FN(find_scales),      FN(pack_affine),      FN(pack_gradient),
+    FN(column_gradient),  FN(find_affine),      FN(pack_gradient),
 };

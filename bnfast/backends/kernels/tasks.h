@@ -102,24 +102,24 @@ static void bn_merge_sums(bn_call *call, bn_index first, bn_index size)
 
    Found for up to BN_GROUP channels at a time; returned is whether all of them fit the dtype of x. */
 
+/* Repeat what was packed of some channels for the other rows of a wide row. */
+static inline void bn_repeat_packed(const bn_call *call, bn_index first, bn_index size, int vectors)
+{
+    const bn_index itemsize = call->kernels->itemsize;
+    for (int vector = 0; vector < vectors; vector++) {
+        char *const from = call->packed + (vector * call->width + first) * itemsize;
+        for (bn_index row = 1; row < call->fold; row++)
+            memcpy(from + row * call->channels * itemsize, from, size * itemsize);
+    }
+}
+
 static int bn_find_affine(bn_call *call, bn_index first, bn_index size)
 {
-    int fits = 1;
-    double scale[BN_GROUP];
-    if (call->var)
-        call->kernels->find_scales(call->weight + first, call->var + first, 1.0, call->eps, size,
-                                   scale);
-    else
-        call->kernels->find_scales(call->weight + first, call->m2 + first, call->count, call->eps,
-                                   size, scale);
-    for (bn_index c = first; c < first + size; c++) {
-        const bn_affine affine = {call->mean[c], scale[c - first], call->bias[c]};
-        for (bn_index column = c; column < call->width; column += call->channels)
-            call->affine[column] = affine;
-    }
-    for (bn_index at = first; at < call->width; at += call->channels)
-        fits &= call->kernels->pack_affine(call->affine + at, size, call->width,
-                                           call->packed + at * call->kernels->itemsize);
+    const int fits = call->kernels->find_affine(
+        call->mean + first, (call->var ? call->var : call->m2) + first,
+        call->var ? 1.0 : call->count, call->weight + first, call->bias + first, call->eps, size,
+        call->width, call->scale + first, call->packed + first * call->kernels->itemsize);
+    bn_repeat_packed(call, first, size, 3);
     return fits;
 }
 
@@ -127,19 +127,19 @@ static int bn_find_affine(bn_call *call, bn_index first, bn_index size)
    x - mean, and a shift. */
 static int bn_find_gradient(bn_call *call, bn_index first, bn_index size)
 {
-    int fits = 1;
+    double *const g_scale = call->scale, *const x_scale = g_scale + call->channels;
+    double *const shift = x_scale + call->channels;
     for (bn_index c = first; c < first + size; c++) {
         const double scale = call->weight[c] * call->invstd[c];
         const double slope = call->sum_dy_xhat[c] / call->count;
-        const bn_gradient gradient = {
-            call->mean[c], scale, slope ? -scale * call->invstd[c] * slope : 0,
-            call->sum_dy[c] ? -scale * (call->sum_dy[c] / call->count) : 0};
-        for (bn_index column = c; column < call->width; column += call->channels)
-            call->gradient[column] = gradient;
+        g_scale[c] = scale;
+        x_scale[c] = slope ? -scale * call->invstd[c] * slope : 0;
+        shift[c] = call->sum_dy[c] ? -scale * (call->sum_dy[c] / call->count) : 0;
     }
-    for (bn_index at = first; at < call->width; at += call->channels)
-        fits &= call->kernels->pack_gradient(call->gradient + at, size, call->width,
-                                             call->packed + at * call->kernels->itemsize);
+    const int fits = call->kernels->pack_gradient(
+        call->mean + first, g_scale + first, x_scale + first, shift + first, size, call->width,
+        call->packed + first * call->kernels->itemsize);
+    bn_repeat_packed(call, first, size, 4);
     return fits;
 }
 
@@ -223,14 +223,17 @@ static inline void bn_settle(const bn_call *call)
 
 static inline bn_affines bn_affines_of(const bn_call *call, int fits)
 {
-    const bn_affines affines = {call->affine, call->packed, call->width,
-                                fits,         call->relu,   call->stream};
+    const bn_affines affines = {call->packed, call->width, call->channels, fits,      call->relu,
+                                call->stream, call->mean,  call->scale,    call->bias};
     return affines;
 }
 
 static inline bn_gradients bn_gradients_of(const bn_call *call, int fits)
 {
-    const bn_gradients gradients = {call->gradient, call->packed, call->width, fits, call->stream};
+    const bn_gradients gradients = {
+        call->packed, call->width, call->channels,                fits,
+        call->stream, call->mean,  call->scale,                   call->scale + call->channels,
+        call->scale + 2 * call->channels};
     return gradients;
 }
 
