@@ -40,15 +40,15 @@ cdef extern from "kernels/tasks.h" nogil:
         const double *bias
         const double *invstd
         double eps, count
-        int relu, stream
+        int relu, large, stream
     ctypedef void (*bn_task)(bn_call *, Py_ssize_t) noexcept nogil
     const bn_kernels *bn_table[][2]
     int bn_highest_level()
     Py_ssize_t bn_core_cache, bn_last_cache
     void bn_describe(
-        bn_call *, const bn_kernels *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, Py_ssize_t, Py_ssize_t
+        bn_call *, const bn_kernels *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int, Py_ssize_t,
+        Py_ssize_t, Py_ssize_t
     )
-    bint bn_outgrows(const bn_call *, Py_ssize_t)
     void *bn_allocate(bn_call *, int needs)
     enum:
         BN_MOMENTS, BN_SUMS, BN_FACTORS
@@ -157,8 +157,10 @@ cdef inline double *channels(cnp.ndarray vector) noexcept:
     return <double *>cnp.PyArray_DATA(vector)
 
 
-cdef inline void describe(bn_call *call, cnp.ndarray x, int arrays, int num_threads) noexcept:
-    """Describe a call on arrays like ``x``, of which so many are read twice."""
+cdef inline void describe(
+    bn_call *call, cnp.ndarray x, int inputs, int outputs, int num_threads
+) noexcept:
+    """Describe a call that reads and writes so many arrays like ``x``."""
     cdef bint last = cnp.PyArray_NDIM(x) == 2
     bn_describe(
         call,
@@ -167,7 +169,8 @@ cdef inline void describe(bn_call *call, cnp.ndarray x, int arrays, int num_thre
         cnp.PyArray_DIM(x, 1),
         1 if last else cnp.PyArray_DIM(x, 2),
         last,
-        arrays,
+        inputs,
+        outputs,
         num_threads,
     )
     call.x = address(x)
@@ -201,7 +204,7 @@ def moments(
     """See `bnfast.spec.Kernels.moments`."""
     cdef bn_call call
     cdef Phase[2] phases
-    describe(&call, x, 1, num_threads)
+    describe(&call, x, 1, 0, num_threads)
     call.mean, call.m2 = channels(mean), channels(m2)
     if call.rows:
         phases[0] = Phase(bn_column_moments, bn_panels(&call))
@@ -220,7 +223,7 @@ def normalize(
     """See `bnfast.spec.Kernels.normalize`."""
     cdef bn_call call
     cdef Phase[2] phases
-    describe(&call, x, 1, num_threads)
+    describe(&call, x, 1, 1, num_threads)
     call.mean, call.var = channels(mean), channels(var)
     call.weight, call.bias = channels(weight), channels(bias)
     call.eps, call.relu = eps, relu
@@ -242,7 +245,7 @@ def train(
     cdef bn_call call
     cdef Phase[3] phases
     cdef int count = 3
-    describe(&call, x, 1, num_threads)
+    describe(&call, x, 1, 1, num_threads)
     call.mean, call.m2 = channels(mean), channels(m2)
     call.weight, call.bias = channels(weight), channels(bias)
     call.eps, call.relu = eps, relu
@@ -263,7 +266,7 @@ def train(
 cdef inline void write_forward(bn_call *call, cnp.ndarray residual, cnp.ndarray y) noexcept:
     """Describe what a forward call adds, and where and how it writes."""
     call.residual, call.y = address(residual), address(y)
-    call.stream = call.y != call.x and call.y != call.residual and bn_outgrows(call, 2)
+    call.stream = call.y != call.x and call.y != call.residual and call.large
 
 
 def backward_sums(
@@ -328,7 +331,7 @@ cdef inline void read_backward(
     cnp.ndarray invstd, int num_threads,
 ) noexcept:
     """Describe what a backward call reads."""
-    describe(call, x, 2 if y is None else 3, num_threads)
+    describe(call, x, 2 if y is None else 3, 1, num_threads)
     call.dy, call.y_in = address(dy), address(y)
     call.mean, call.invstd = channels(mean), channels(invstd)
 
@@ -336,7 +339,7 @@ cdef inline void read_backward(
 cdef inline void write_backward(bn_call *call, cnp.ndarray dx, cnp.ndarray dresidual) noexcept:
     """Describe where and how a backward call writes."""
     call.dx, call.dresidual = address(dx), address(dresidual)
-    call.stream = call.dx != call.dy and bn_outgrows(call, 3)
+    call.stream = call.dx != call.dy and call.large
 
 
 cdef inline void sum_phases(bn_call *call, Phase *phases) noexcept:

@@ -75,16 +75,19 @@ static inline FN(vector) FN(affine_each)(const REAL *x, const REAL *residual, FN
    computed first and stored last, since y may be x or residual. */
 static inline void FN(affine_run_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
                                      const REAL *heads, const REAL *scales, const REAL *shifts,
-                                     FN(pending) *pending, const int step, const int add,
-                                     const int relu)
+                                     bn_index ahead, FN(pending) *pending, const int step,
+                                     const int add, const int relu)
 {
     const FN(vector) head = FN(all)(*heads), scale = FN(all)(*scales), shift = FN(all)(*shifts);
 #define BN_MAKE(i)                                                                                 \
     FN(affine_each)(x + (i), add ? residual + (i) : NULL, step ? FN(get)(heads + (i)) : head,      \
                     step ? FN(get)(scales + (i)) : scale, step ? FN(get)(shifts + (i)) : shift,    \
                     add, relu)
+#define BN_ASK(i)                                                                                  \
+    if (ahead)                                                                                     \
+    BN_PREFETCH(x + (i) + ahead)
     if (pending) {
-        BN_SEND(pending, y, n, BN_MAKE);
+        BN_SEND(pending, y, n, BN_MAKE, BN_ASK);
     } else if (n < FN(SIZE)) {
         for (bn_index i = 0; i < n; i++)
             y[i] = FN(affine)(x[i], add ? residual[i] : 0, heads[step * i], scales[step * i],
@@ -92,26 +95,30 @@ static inline void FN(affine_run_as)(const REAL *x, const REAL *residual, REAL *
     } else {
         const bn_index last = n - FN(SIZE);
         const FN(vector) end = BN_MAKE(last);
-        for (bn_index i = 0; i < last; i += FN(SIZE))
+        for (bn_index i = 0; i < last; i += FN(SIZE)) {
+            if (i % FN(LINE) == 0)
+                BN_ASK(i);
             FN(put)(y + i, BN_MAKE(i));
+        }
         FN(put)(y + last, end);
     }
+#undef BN_ASK
 #undef BN_MAKE
 }
 
 /* The same; past the cache, for a line or more, where something is or may be pending. */
 static inline void FN(affine_run)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
                                   const REAL *head, const REAL *scale, const REAL *shift,
-                                  FN(pending) *pending, const int step, int relu)
+                                  bn_index ahead, FN(pending) *pending, const int step, int relu)
 {
     if (residual && relu)
-        FN(affine_run_as)(x, residual, y, n, head, scale, shift, pending, step, 1, 1);
+        FN(affine_run_as)(x, residual, y, n, head, scale, shift, ahead, pending, step, 1, 1);
     else if (residual)
-        FN(affine_run_as)(x, residual, y, n, head, scale, shift, pending, step, 1, 0);
+        FN(affine_run_as)(x, residual, y, n, head, scale, shift, ahead, pending, step, 1, 0);
     else if (relu)
-        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, pending, step, 0, 1);
+        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, ahead, pending, step, 0, 1);
     else
-        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, pending, step, 0, 0);
+        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, ahead, pending, step, 0, 0);
 }
 
 /* Adjacent runs of `length` elements, the first of them of channel c, round and round. */
@@ -128,8 +135,8 @@ static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, c
     for (bn_index at = 0; at < elements; at += length) {
         const REAL *r = residual ? residual + at : NULL;
         if (of.fits || FN(affine_fits)(FN(affine_of)(&of, c))) {
-            FN(affine_run)(x + at, r, y + at, length, head + c, scale + c, shift + c, stream, 0,
-                           of.relu);
+            FN(affine_run)(x + at, r, y + at, length, head + c, scale + c, shift + c, of.ahead,
+                           stream, 0, of.relu);
         } else {
             FN(end)(&pending, y + at);
             for (bn_index i = at; i < at + length; i++)
@@ -185,7 +192,8 @@ static inline void FN(affine_mixed)(const REAL *x, const REAL *residual, REAL *y
         const REAL *r = residual ? residual + c : NULL;
         const bn_affine affine = FN(affine_of)(of, c);
         if (FN(affine_fits)(affine))
-            FN(affine_run)(x + c, r, y + c, 1, head + c, scale + c, shift + c, NULL, 0, of->relu);
+            FN(affine_run)(x + c, r, y + c, 1, head + c, scale + c, shift + c, 0, NULL, 0,
+                           of->relu);
         else
             y[c] = FN(affine_wide)(x[c], r, affine, of->relu);
     }
@@ -206,7 +214,7 @@ static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes
         const REAL *r = residual ? residual + at : NULL;
         n = bn_min(of.width, elements - at);
         if (of.fits && stream && n == of.width) {
-            FN(affine_run)(x + at, r, y + at, n, head, scale, shift, stream, 1, of.relu);
+            FN(affine_run)(x + at, r, y + at, n, head, scale, shift, 0, stream, 1, of.relu);
             continue;
         }
         FN(end)(&pending, y + at);

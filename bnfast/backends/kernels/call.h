@@ -64,6 +64,7 @@ typedef struct {
     const double *var, *weight, *bias, *invstd;
     double eps, count;
     int relu;
+    int large;                        /* whether the arrays are more than the caches hold */
     int stream;                       /* whether results go past the cache */
     bn_moments *moments;              /* of each part of a sum */
     bn_sums *sums;
@@ -104,11 +105,8 @@ static inline bn_index bn_part(bn_index elements)
 #define BN_COLUMNS_AHEAD 8192
 
 static inline bn_index bn_ahead(const bn_call *call, bn_index ahead, bn_index length,
-                                bn_index stride, bn_index least)
+                                bn_index stride)
 {
-    const bn_index bytes = call->outer * call->channels * call->inner * call->kernels->itemsize;
-    if (bytes < least)
-        return 0;
     if (call->inner >= BN_TILE)
         return ahead;
     return bn_max(call->inner < BN_SHORT ? BN_RUNS : 1, ahead / length) * stride;
@@ -130,23 +128,27 @@ static inline bn_place bn_find_place(bn_cut cut, bn_index t, bn_index runs, bn_i
     return place;
 }
 
-/* As many channels as half of a core's cache holds of all `arrays` that are read twice, and a
-   number of slabs that the threads can share evenly. */
+/* As many channels as fit into a share of a core's cache with all `arrays` that are read twice, and a
+   number of slabs that the threads can share evenly. The share is a half, or, where memory has to
+   be asked for anyway, a quarter: the next slab is asked for while this one is written. */
 static inline void bn_cut_slabs(bn_call *call, bn_index arrays, bn_index num_threads)
 {
     const bn_index channel = call->outer * call->inner * call->kernels->itemsize * arrays;
-    const bn_index fitting = bn_max(1, bn_core_cache / 2 / bn_max(1, channel));
+    const bn_index room = bn_core_cache / (call->large ? 4 : 2);
+    const bn_index fitting = bn_max(1, room / channel);
     const bn_index rounds = bn_ceil(bn_ceil(call->channels, fitting), num_threads);
     call->slab = bn_max(1, bn_ceil(call->channels, rounds * num_threads));
     call->slabs = bn_ceil(call->channels, call->slab);
 }
 
 /* Cut a call on arrays of a form: (outer, channels, inner), or with `last` (outer, channels).
-   `arrays` of them are read twice where a channel is summed and then computed. */
+   `inputs` of them are read, twice where a channel is summed and then computed, and `outputs`
+   written. */
 static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_index outer,
-                               bn_index channels, bn_index inner, int last, bn_index arrays,
-                               bn_index num_threads)
+                               bn_index channels, bn_index inner, int last, bn_index inputs,
+                               bn_index outputs, bn_index num_threads)
 {
+    const bn_index bytes = outer * channels * inner * kernels->itemsize;
     memset(call, 0, sizeof *call);
     call->kernels = kernels;
     call->outer = outer;
@@ -155,35 +157,29 @@ static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_inde
     call->count = (double)outer * (double)inner;
     call->fold = 1;
     call->width = channels;
-    if (outer == 0 || channels == 0 || inner == 0)
+    if (bytes == 0)
         return;
+    call->large = (inputs + outputs) * bytes > bn_last_cache;
     if (!last) {
         call->tiles = bn_cut_runs(outer, inner, BN_TILE);
         call->units = bn_cut_runs(outer * channels, inner, bn_part(outer * channels * inner));
-        bn_cut_slabs(call, arrays, num_threads);
-        call->ahead = bn_ahead(call, BN_AHEAD, call->slab * inner, channels * inner,
-                               4 * bn_core_cache);
+        bn_cut_slabs(call, inputs, num_threads);
+        if (bytes > 4 * bn_core_cache)
+            call->ahead = bn_ahead(call, BN_AHEAD, call->slab * inner, channels * inner);
         return;
     }
     call->fold = bn_min(bn_ceil(BN_FOLD, channels), outer);
     call->width = call->fold * channels;
     call->rows = outer / call->fold;
     call->rest = outer % call->fold * channels;
-    call->ahead = bn_ahead(call, BN_COLUMNS_AHEAD, call->width, call->width, bn_last_cache / 2);
+    if (call->large)
+        call->ahead = bn_ahead(call, BN_COLUMNS_AHEAD, call->width, call->width);
     call->part_rows = bn_max(bn_max(BN_ROW_PART_ROWS, BN_ROW_PART / call->width),
                              bn_ceil(call->rows, BN_ROW_PARTS));
     call->parts = bn_ceil(call->rows, call->part_rows);
     call->column_tiles = bn_ceil(call->width, BN_COLUMNS);
     call->span_rows = bn_ceil(bn_max(1, bn_part(outer * channels) / call->width), 4) * 4;
     call->spans = bn_ceil(call->rows * call->width + call->rest, call->span_rows * call->width);
-}
-
-/* Whether `arrays` of the size of x are more than the caches hold, so that a result which is not
-   one of the inputs had better go past them. */
-static inline int bn_outgrows(const bn_call *call, bn_index arrays)
-{
-    return arrays * call->outer * call->channels * call->inner * call->kernels->itemsize >
-           bn_last_cache;
 }
 
 /* Allocate what the call needs beside its arrays, in one piece; NULL if there is no memory. */

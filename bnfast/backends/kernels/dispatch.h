@@ -92,17 +92,18 @@ typedef struct {
 } bn_tile;
 
 /* What an elementwise kernel multiplies with and adds: in the dtype of x for each of `width` columns
-   of a wide row (or channels), one vector behind the other, and in double for each channel. */
+   of a wide row (or channels), one vector behind the other, and in double for each channel. While it
+   works on a run it asks for what lies `ahead`, if that is not 0. */
 typedef struct {
     const char *packed;
-    bn_index width, channels;
+    bn_index width, channels, ahead;
     int fits, relu, stream;
     const double *mean, *scale, *bias;
 } bn_affines;
 
 typedef struct {
     const char *packed;
-    bn_index width, channels;
+    bn_index width, channels, ahead;
     int fits, stream;
     const double *mean, *g_scale, *x_scale, *shift;
 } bn_gradients;

@@ -74,7 +74,7 @@ static inline FN(vector) FN(gradient_each)(const REAL *dy, const REAL *x, const 
 static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
                                     bn_index n, const REAL *heads, const REAL *g_scales,
                                     const REAL *x_scales, const REAL *shifts,
-                                    FN(pending) *pending, const int step)
+                                    bn_index ahead, FN(pending) *pending, const int step)
 {
     const FN(vector) head = FN(all)(*heads), g_scale = FN(all)(*g_scales);
     const FN(vector) x_scale = FN(all)(*x_scales), shift = FN(all)(*shifts);
@@ -83,8 +83,13 @@ static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y
                       step ? FN(get)(g_scales + (i)) : g_scale,                                    \
                       step ? FN(get)(x_scales + (i)) : x_scale,                                    \
                       step ? FN(get)(shifts + (i)) : shift)
+#define BN_ASK(i)                                                                                  \
+    if (ahead) {                                                                                   \
+        BN_PREFETCH(dy + (i) + ahead);                                                             \
+        BN_PREFETCH(x + (i) + ahead);                                                              \
+    }
     if (pending) {
-        BN_SEND(pending, dx, n, BN_MAKE);
+        BN_SEND(pending, dx, n, BN_MAKE, BN_ASK);
     } else if (n < FN(SIZE)) {
         for (bn_index i = 0; i < n; i++)
             dx[i] = FN(gradient)(FN(masked)(dy, y, i), x[i], heads[step * i], g_scales[step * i],
@@ -92,10 +97,14 @@ static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y
     } else {
         const bn_index last = n - FN(SIZE);
         const FN(vector) end = BN_MAKE(last);
-        for (bn_index i = 0; i < last; i += FN(SIZE))
+        for (bn_index i = 0; i < last; i += FN(SIZE)) {
+            if (i % FN(LINE) == 0)
+                BN_ASK(i);
             FN(put)(dx + i, BN_MAKE(i));
+        }
         FN(put)(dx + last, end);
     }
+#undef BN_ASK
 #undef BN_MAKE
 }
 
@@ -140,7 +149,7 @@ static inline void FN(pass_on)(const REAL *dy, const REAL *y, REAL *dresidual, b
     FN(begin)(&pending);
 #define BN_MAKE(i) FN(masked_each)(dy, y, i)
     if (stream && n >= FN(LINE))
-        BN_SEND(&pending, dresidual, n, BN_MAKE);
+        BN_SEND(&pending, dresidual, n, BN_MAKE, (void));
     else
         for (bn_index i = 0; i < n; i++)
             dresidual[i] = FN(masked)(dy, y, i);
@@ -164,7 +173,7 @@ static inline void FN(row_gradient_as)(const REAL *dy, const REAL *x, const REAL
             FN(pass_on)(dy + at, mask, dresidual + at, length, of.stream);
         if (of.fits || FN(gradient_fits)(FN(gradient_of)(&of, c))) {
             FN(gradient_run)(dy + at, x + at, mask, dx + at, length, head + c, g_scale + c,
-                             x_scale + c, shift + c, stream, 0);
+                             x_scale + c, shift + c, of.ahead, stream, 0);
         } else {
             FN(end)(&pending, dx + at);
             for (bn_index i = at; i < at + length; i++)
@@ -205,7 +214,7 @@ static inline void FN(column_gradient_as)(const REAL *dy, const REAL *x, const R
             FN(pass_on)(dy + at, mask, dresidual + at, n, of.stream);
         if (of.fits && stream && n == of.width) {
             FN(gradient_run)(dy + at, x + at, mask, dx + at, n, head, g_scale, x_scale, shift,
-                             stream, 1);
+                             0, stream, 1);
             continue;
         }
         FN(end)(&pending, dx + at);

@@ -27,8 +27,9 @@ static inline void FN(end)(FN(pending) *pending, REAL *y)
     FN(begin)(pending);
 }
 
-/* Send n adjacent results, a line or more, to y; make(i) is a vector of them from the i-th on. */
-#define BN_SEND(pending, y, n, make)                                                               \
+/* Send n adjacent results, a line or more, to y; make(i) is a vector of them from the i-th on, and
+   ask(i) is done once a line. */
+#define BN_SEND(pending, y, n, make, ask)                                                          \
     do {                                                                                           \
         REAL *const line_ = (pending)->room + FN(LINE);                                            \
         const bn_index begun_ = (bn_index)((uintptr_t)(y) % 64 / sizeof(REAL));                    \
@@ -42,9 +43,11 @@ static inline void FN(end)(FN(pending) *pending, REAL *y)
             (pending)->fill = FN(LINE);                                                            \
             FN(end)(pending, (y) + i_);                                                            \
         }                                                                                          \
-        for (; i_ + FN(LINE) <= (n); i_ += FN(LINE))                                               \
+        for (; i_ + FN(LINE) <= (n); i_ += FN(LINE)) {                                             \
+            ask(i_);                                                                               \
             for (int k_ = 0; k_ < FN(LINE); k_ += FN(SIZE))                                        \
                 FN(send)((y) + i_ + k_, make(i_ + k_));                                            \
+        }                                                                                          \
         (pending)->fill = (n) - i_;                                                                \
         for (int k_ = 0; (pending)->fill && k_ < FN(LINE); k_ += FN(SIZE))                         \
             FN(put)(line_ + (pending)->fill - FN(LINE) + k_, make((n) - FN(LINE) + k_));           \

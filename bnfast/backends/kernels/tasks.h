@@ -223,17 +223,29 @@ static inline void bn_settle(const bn_call *call)
 
 static inline bn_affines bn_affines_of(const bn_call *call, int fits)
 {
-    const bn_affines affines = {call->packed, call->width, call->channels, fits,      call->relu,
-                                call->stream, call->mean,  call->scale,    call->bias};
+    const bn_affines affines = {.packed = call->packed,
+                                .width = call->width,
+                                .channels = call->channels,
+                                .fits = fits,
+                                .relu = call->relu,
+                                .stream = call->stream,
+                                .mean = call->mean,
+                                .scale = call->scale,
+                                .bias = call->bias};
     return affines;
 }
 
 static inline bn_gradients bn_gradients_of(const bn_call *call, int fits)
 {
-    const bn_gradients gradients = {
-        call->packed, call->width, call->channels,                fits,
-        call->stream, call->mean,  call->scale,                   call->scale + call->channels,
-        call->scale + 2 * call->channels};
+    const bn_gradients gradients = {.packed = call->packed,
+                                    .width = call->width,
+                                    .channels = call->channels,
+                                    .fits = fits,
+                                    .stream = call->stream,
+                                    .mean = call->mean,
+                                    .g_scale = call->scale,
+                                    .x_scale = call->scale + call->channels,
+                                    .shift = call->scale + 2 * call->channels};
     return gradients;
 }
 
@@ -324,6 +336,13 @@ static inline bn_index bn_adjacent_samples(const bn_call *call, bn_index channel
     return channels == call->channels ? call->outer : 1;
 }
 
+/* How far from an element the same one of the next slab lies, if it should be asked for while this
+   slab is written, so that memory is read and written at once. */
+static inline bn_index bn_next_slab(const bn_call *call)
+{
+    return call->large ? call->slab * call->inner : 0;
+}
+
 /* A whole slab by one thread, while it is in its cache. */
 static void bn_slab_train(bn_call *call, bn_index slab)
 {
@@ -337,12 +356,14 @@ static void bn_slab_train(bn_call *call, bn_index slab)
         bn_merge_moments(call, c, size);
         fits &= bn_find_affine(call, c, size);
     }
+    bn_affines affines = bn_affines_of(call, fits);
+    affines.ahead = bn_next_slab(call);
     for (bn_index n = 0, samples; n < call->outer; n += samples) {
         const bn_index at = (n * call->channels + first) * call->inner * itemsize;
         samples = bn_adjacent_samples(call, end - first);
         call->kernels->row_normalize(call->x + at, bn_at(call->residual, at), call->y + at,
-                                     samples * (end - first) * call->inner, call->inner,
-                                     bn_affines_of(call, fits), first);
+                                     samples * (end - first) * call->inner, call->inner, affines,
+                                     first);
     }
     bn_settle(call);
 }
@@ -359,13 +380,15 @@ static void bn_slab_backward(bn_call *call, bn_index slab)
         bn_merge_sums(call, c, size);
         fits &= bn_find_gradient(call, c, size);
     }
+    bn_gradients gradients = bn_gradients_of(call, fits);
+    gradients.ahead = bn_next_slab(call);
     for (bn_index n = 0, samples; n < call->outer; n += samples) {
         const bn_index at = (n * call->channels + first) * call->inner * itemsize;
         samples = bn_adjacent_samples(call, end - first);
         call->kernels->row_gradient(call->dy + at, call->x + at, bn_at(call->y_in, at),
                                     call->dx + at, bn_out(call->dresidual, at),
-                                    samples * (end - first) * call->inner, call->inner,
-                                    bn_gradients_of(call, fits), first);
+                                    samples * (end - first) * call->inner, call->inner, gradients,
+                                    first);
     }
     bn_settle(call);
 }
