@@ -15,20 +15,18 @@ from typing import Any, TypeAlias
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
 from numpy.typing import NDArray
 
-Read: TypeAlias = NDArray[Any]
-"""Parameter: an array in one of the two forms, read only."""
+from bnfast.backends.numba_kernels.addresses import Address
+from bnfast.backends.numba_kernels.lanes import I64, call_llvm, intrinsic
 
-Write: TypeAlias = NDArray[Any]
-"""Parameter: an array in one of the two forms, written."""
+Array: TypeAlias = "NDArray[Any] | None"
+"""Parameter: an array in one of the two forms, or None; the kernel gets its `Address`."""
 
-ReadVector: TypeAlias = NDArray[np.float64]
-"""Parameter: one number per channel, read only."""
-
-WriteVector: TypeAlias = NDArray[np.float64]
-"""Parameter: one number per channel, written."""
+Vector: TypeAlias = "NDArray[np.float64] | None"
+"""Parameter: one number per channel, or None; the kernel gets its `Address`."""
 
 Kernel: TypeAlias = Callable[..., Any]
 
@@ -41,24 +39,22 @@ step: Any = njit(**_internal)
 """A larger step, for the optimiser to inline or not."""
 
 
-def build(function: FunctionType, ndim: int, dtype: np.dtype[Any], *, parallel: bool) -> Kernel:
-    """Compile ``function`` for arrays of ``ndim`` dimensions of ``dtype``, or load it from disk.
+def build(function: FunctionType, dtype: np.dtype[Any], *, parallel: bool) -> Kernel:
+    """Compile ``function`` for arrays of ``dtype``, or load it from disk.
 
-    The arrays may be read-only where the annotation says `Read` or `ReadVector`. The compiled
-    function gives up the GIL.
+    What is returned skips Numba's dispatcher, which would ask every argument for its type. It takes
+    positional arguments, does not check them, and gives up the GIL.
     """
-    element = numba.from_dtype(dtype)
     kinds = {
-        "Read": types.Array(element, ndim, "C", readonly=True),
-        "Write": types.Array(element, ndim, "C"),
-        "ReadVector": types.Array(types.float64, 1, "C", readonly=True),
-        "WriteVector": types.Array(types.float64, 1, "C"),
+        "Array": Address(numba.from_dtype(dtype)),
+        "Vector": Address(types.float64),
         "float": types.float64,
         "int": types.intp,
         "bool": types.boolean,
     }
-    annotations = function.__annotations__.items()
-    parameters = [kinds[kind] for name, kind in annotations if name != "return"]
+    *parameters, result = function.__annotations__.values()
+    returned = types.void if result == "None" else kinds[result]
+    signature = returned(*[kinds[kind] for kind in parameters])
     # Numba's cache knows when the file of a kernel changes, but not the files of its steps. It
     # keeps one entry per name, so the name carries a digest of them all.
     kernel = FunctionType(function.__code__, function.__globals__, function.__name__)
@@ -67,19 +63,39 @@ def build(function: FunctionType, ndim: int, dtype: np.dtype[Any], *, parallel: 
     kernel.__qualname__ = f"{function.__name__}-{variant}-{_digest()}"
     compile_ = functools.partial(
         njit,
-        tuple(parameters),
+        signature,
         error_model="numpy",
         nogil=True,
         no_cfunc_wrapper=True,
         parallel=parallel,
     )
     try:
-        compiled: Kernel = compile_(cache=True)(kernel)
+        compiled = compile_(cache=True)(kernel)
     except Exception:
         # No directory for the cache can be written, the disk is full, or a file is damaged, which
         # can raise anything. An error of the kernel itself is raised again here.
         compiled = compile_(cache=False)(kernel)
-    return compiled
+    entry: Kernel = compiled.overloads[signature.args].entry_point
+    return entry
+
+
+@intrinsic
+def _exchange(typingctx, threads):
+    def codegen(context, builder, sig, args):
+        before = call_llvm(builder, "get_num_threads", I64, [])
+        call_llvm(builder, "set_num_threads", ir.VoidType(), list(args))
+        return before
+
+    return types.intp(types.intp), codegen
+
+
+def exchange_threads(threads: int) -> int:
+    """Set the number of Numba's threads for the calling thread; return what it was.
+
+    Asked for and set by Numba's functions, from Python, that takes 1.2 microseconds. The threads
+    must have been started.
+    """
+    return _exchange(threads)
 
 
 @functools.cache

@@ -1,16 +1,15 @@
 """Kernels for channels-first arrays (N, C, S): a channel is N runs of S adjacent elements.
 
-Blocks of up to 768 elements of one channel: a piece of one run where runs are long, several whole
-runs where they are short. Block b of a channel is piece ``b % across`` of the group of runs
-``b // across``::
+Sums are taken over tiles of up to `TILE` elements of one channel: a piece of one run where runs are
+long, several whole runs where they are short. Tile t of a channel is piece ``t % across`` of the
+group of runs ``t // across``::
 
-    S = 2000                            S = 200
-    n = 0   [ b0 ][ b1 ][ b2 ]          n = 0..2   [ b0 ]
-    n = 1   [ b3 ][ b4 ][ b5 ]          n = 3..5   [ b1 ]
+    S = 20000                           S = 2000
+    n = 0   [ t0 ][ t1 ][ t2 ]          n = 0..3   [ t0 ]
+    n = 1   [ t3 ][ t4 ][ t5 ]          n = 4..7   [ t1 ]
 
-A block is read twice, the second time from the L1 cache. The fused kernels give each thread whole
-channels where there are enough of them, so that a channel is transformed while it is still in the
-L2 cache (a group of channels where runs are short); else the threads share the blocks of every
+The fused kernels give each thread whole channels where there are enough of them, so that a group of
+channels is transformed while it is still in the cache; else the threads share the tiles of every
 channel, and meet in between.
 """
 
@@ -21,46 +20,53 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from bnfast.backends.numba_kernels.addresses import (
+    get,
+    is_double,
+    load,
+    load_some,
+    prefetch,
+    present,
+    put,
+    room,
+)
 from bnfast.backends.numba_kernels.arithmetic import (
     accumulate,
+    corrected,
     fill_backward,
     fill_forward,
-    gradient,
     merge,
-    output,
-    put_all,
     settle,
     share,
 )
-from bnfast.backends.numba_kernels.compiling import (
-    Read,
-    ReadVector,
-    Write,
-    WriteVector,
-    inline,
-    step,
-)
+from bnfast.backends.numba_kernels.compiling import Array, Vector, inline, step
 from bnfast.backends.numba_kernels.lanes import (
     LANES,
     cast,
-    data,
-    last_lanes,
-    load,
-    load_last,
+    first_lanes,
     muladd,
-    prefetch,
-    rectify,
-    store,
-    store_last,
     total,
     where_positive,
     zeros,
 )
+from bnfast.backends.numba_kernels.walks import (
+    cycle_width,
+    gradient_by_cycle,
+    gradient_by_runs,
+    normalize_by_cycle,
+    normalize_by_runs,
+    outgrows,
+    past_cache,
+    stretch,
+)
 
-BLOCK = 48
-"""Vectors of sixteen elements in a block, at most: 48 additions to a lane and 4 across them, each
-of which errs by up to half a unit; `spec.SUM_UNITS` is 32."""
+TILE = 8192
+"""Elements of a tile, at most."""
 
+CHAIN = 512
+"""Elements that go through the lanes before these are emptied: 32 additions to a lane, 16 to what
+it is emptied into, 4 across lanes, each of which errs by up to half a unit; `spec.SUM_UNITS` is 32.
+"""
 
 AHEAD = 2048
 """Elements by which memory is asked for ahead, into the L2 cache."""
@@ -72,182 +78,27 @@ ADJACENT = 2048
 """Elements, at least, that the fused kernels write one after the other: with runs of 49 elements,
 they took half as long again when they went channel by channel."""
 
-CACHED = 131072
-"""Elements of a group of channels, at most: 512 KiB of float32."""
+CACHED = 524288
+"""Bytes of a group of channels, at most."""
+
+CYCLES = 4
+"""Samples from which on short runs are worth a table of the numbers of a whole sample."""
 
 
 @inline
-def blocks_of(shape):
-    """Return the runs and the length of a block, its pieces per run, and blocks per channel."""
-    samples, _, size = shape
-    vectors = -(-size // LANES)
-    across = -(-vectors // BLOCK)
-    length = min(-(-vectors // across) * LANES, size)
-    runs = max(1, BLOCK // vectors)
+def tiles_of(samples, size):
+    """Return the runs and the length of a tile, its pieces per run, and tiles per channel."""
+    pieces = -(-size // TILE)
+    length = min(-(-size // (pieces * LANES)) * LANES, size)
+    across = -(-size // length)
+    runs = max(1, min(TILE // size, samples))
     return runs, length, across, -(-samples // runs) * across
 
 
 @inline
-def block_at(shape, channel, block):
-    """Return where a block starts, its runs, the step between them, and their length."""
-    samples, channels, size = shape
-    runs, length, across, _ = blocks_of(shape)
-    group, piece = block // across, block % across
-    start = (group * runs * channels + channel) * size + piece * length
-    return (
-        start,
-        min(runs, samples - group * runs),
-        channels * size,
-        min(length, size - piece * length),
-    )
-
-
-@inline
-def group_of(shape):
+def group_of(samples, size, itemsize, arrays):
     """Return how many channels the fused kernels handle together."""
-    samples, _, size = shape
-    return max(min(ADJACENT // size, CACHED // (samples * size)), 1)
-
-
-@inline
-def next_needed(shape, at):
-    """Return how far from an element of a run that one is which should be asked for with it.
-
-    That is the same element `AHEAD` elements on in the channel; after its last run comes the first
-    run of the next channel. The hardware foresees the way within a run, so long runs need no help.
-    """
-    samples, channels, size = shape
-    if size > FORESEEN:
-        return 0
-    distance = min(max(AHEAD // size, 1), samples) * channels * size
-    beyond = at + distance >= samples * channels * size
-    return distance + size - samples * channels * size if beyond else distance
-
-
-@step
-def measure_block(x, shape, channel, block):
-    """Return count, mean, the error of the mean, and m2 of a block."""
-    start, runs, stride, length = block_at(shape, channel, block)
-    rest = length % LANES
-    count = float(runs * length)
-    values = zeros()
-    for first in range(start, start + runs * stride, stride):
-        stop = first + length
-        ahead = next_needed(shape, first)
-        for i in range(first, stop - rest, LANES):
-            prefetch(x, i + ahead)
-            values = values + cast(load(x, i), values)
-        if rest:
-            values = values + cast(load_last(x, stop, rest), values)
-    mean = total(values) / count
-    deviations = zeros()
-    squares = zeros()
-    for first in range(start, start + runs * stride, stride):
-        stop = first + length
-        for i in range(first, stop - rest, LANES):
-            d = cast(load(x, i), values) - mean
-            deviations = deviations + d
-            squares = muladd(d, d, squares)
-        if rest:
-            d = last_lanes(cast(load_last(x, stop, rest), values) - mean, rest)
-            deviations = deviations + d
-            squares = muladd(d, d, squares)
-    deviation = total(deviations)
-    low = deviation / count
-    return count, mean, low, rectify(total(squares) - deviation * low)
-
-
-@step
-def measure_blocks(x, blocks, thread, threads):
-    """Measure a thread's share of the blocks of all channels."""
-    channels, per_channel, _ = blocks.shape
-    units = channels * per_channel
-    for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-        channel, block = unit // per_channel, unit % per_channel
-        put_all(blocks, unit * 4, measure_block(data(x), x.shape, channel, block))
-
-
-@inline
-def merge_blocks(blocks, channel):
-    """Return mean and m2 of a channel: its blocks merged in order."""
-    count = blocks[channel, 0, 0]
-    mean, low, m2, m2_low = blocks[channel, 0, 1], blocks[channel, 0, 2], blocks[channel, 0, 3], 0.0
-    plain = count * mean
-    for block in range(1, blocks.shape[1]):
-        other_count, other_mean = blocks[channel, block, 0], blocks[channel, block, 1]
-        other_low, other_m2 = blocks[channel, block, 2], blocks[channel, block, 3]
-        mean, low, m2, m2_low = merge(
-            count, mean, low, m2, m2_low, other_count, other_mean, other_low, other_m2
-        )
-        count += other_count
-        plain += other_count * other_mean
-    # Deviations from an infinite mean are NaN; the mean itself is not.
-    return mean + low if np.isfinite(mean + low) else plain / count, settle(m2, m2_low)
-
-
-@step
-def normalize_run(x, residual, y, start, stop, head, scale, shift, add, relu):
-    """Transform the elements of one channel from ``start`` to ``stop``."""
-    count = stop - start
-    if count < LANES:
-        value, other = load_last(x, stop, count), load_last(residual, stop, count)
-        store_last(y, stop, output(value, other, head, scale, shift, add, relu), count)
-        return
-    # The last sixteen may overlap those before them. They are computed before anything is
-    # written, since y may be x.
-    last = stop - LANES
-    final = output(load(x, last), load(residual, last), head, scale, shift, add, relu)
-    for i in range(start, last, LANES):
-        store(y, i, output(load(x, i), load(residual, i), head, scale, shift, add, relu))
-    store(y, last, final)
-
-
-@inline
-def normalize_piece(x, residual, y, start, stop, table, wide, c, add, relu):
-    """Transform the elements of channel ``c`` from ``start`` to ``stop`` by the tables."""
-    if table[3, c] != 0:
-        head, scale, shift = table[0, c], table[1, c], table[2, c]
-        normalize_run(x, residual, y, start, stop, head, scale, shift, add, relu)
-    else:
-        center, scale64, bias64 = wide[0, c], wide[1, c], wide[2, c]
-        normalize_run(x, residual, y, start, stop, center, scale64, bias64, add, relu)
-
-
-@step
-def normalize_pieces(x, residual, y, table, wide, add, relu, thread, threads):
-    """Transform a thread's share of the array, in the order of memory."""
-    samples, channels, size = x.shape
-    _, length, across, _ = blocks_of(x.shape)
-    units = samples * channels * across
-    at = data(x), data(residual), data(y)
-    for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-        run, piece = unit // across, unit % across
-        start = run * size + piece * length
-        stop = run * size + min((piece + 1) * length, size)
-        normalize_piece(*at, start, stop, table, wide, run % channels, add, relu)
-
-
-@step
-def train_channels(
-    x, weight, bias, eps, residual, y, mean, m2, blocks, table, wide, add, relu, thread, threads
-):
-    """Measure and transform a thread's share of the channels, one group after the other."""
-    samples, channels, size = x.shape
-    at = data(x), data(residual), data(y)
-    begin, end = share(channels, thread, threads), share(channels, thread + 1, threads)
-    for first in range(begin, end, group_of(x.shape)):
-        stop = min(first + group_of(x.shape), end)
-        for c in range(first, stop):
-            for block in range(blocks.shape[1]):
-                base = (c * blocks.shape[1] + block) * 4
-                put_all(blocks, base, measure_block(at[0], x.shape, c, block))
-            mean[c], m2[c] = merge_blocks(blocks, c)
-            var = m2[c] / (samples * size)
-            fill_forward(table, wide, c, mean[c], var, weight, bias, eps)
-        for n in range(samples):
-            for c in range(first, stop):
-                start = (n * channels + c) * size
-                normalize_piece(*at, start, start + size, table, wide, c, add, relu)
+    return max(1, min(ADJACENT // size, CACHED // (samples * size * itemsize * arrays)))
 
 
 @inline
@@ -256,229 +107,363 @@ def enough_channels(channels, threads):
     return channels % threads == 0 or channels >= 8 * threads
 
 
-def forward(
-    x: Read,
-    weight: ReadVector,
-    bias: ReadVector,
-    given_mean: ReadVector,
-    given_var: ReadVector,
-    eps: float,
-    residual: Read,
-    y: Write,
-    mean: WriteVector,
-    m2: WriteVector,
-    measure: bool,
-    transform: bool,
-    add: bool,
-    relu: bool,
-    threads: int,
-) -> None:
-    """If ``measure``, compute mean and m2; if ``transform``, y, by them or by what is given."""
-    samples, channels, size = x.shape
-    table = np.empty((4, channels), x.dtype)
-    wide = np.empty((3, channels))
-    blocks = np.empty((channels, blocks_of(x.shape)[3], 4))
-    if measure and transform and enough_channels(channels, threads):
-        for thread in prange(threads):
-            train_channels(
-                x, weight, bias, eps, residual, y, mean, m2, blocks, table, wide, add, relu,
-                thread, threads,
-            )  # fmt: skip
-        return
-    if measure:
-        for thread in prange(threads):
-            measure_blocks(x, blocks, thread, threads)
-        for c in range(channels):
-            mean[c], m2[c] = merge_blocks(blocks, c)
-    if transform:
-        for c in range(channels):
-            center = mean[c] if measure else given_mean[c]
-            var = m2[c] / (samples * size) if measure else given_var[c]
-            fill_forward(table, wide, c, center, var, weight, bias, eps)
-        for thread in prange(threads):
-            normalize_pieces(x, residual, y, table, wide, add, relu, thread, threads)
+@inline
+def next_needed(samples, channels, size, at):
+    """Return how far from an element of a run that one is which should be asked for with it.
+
+    That is the same element `AHEAD` elements on in the channel; after its last run comes the first
+    run of the next channel. The hardware foresees the way within a run, so long runs need no help.
+    """
+    if size > FORESEEN:
+        return 0
+    distance = min(max(AHEAD // size, 1), samples) * channels * size
+    beyond = at + distance >= samples * channels * size
+    return distance + size - samples * channels * size if beyond else distance
+
+
+@inline
+def chain_of(length):
+    """Return how many runs, and how many elements of each, go through the lanes at a time."""
+    return max(1, CHAIN // length), min(length, CHAIN)
+
+
+@inline
+def total_of(x, start, runs, stride, length):
+    """Return the sum over a tile."""
+    sums = zeros()
+    group, piece = chain_of(length)
+    for run in range(0, runs, group):
+        for first in range(0, length, piece):
+            some = zeros()
+            for r in range(run, min(run + group, runs)):
+                begin = start + r * stride + first
+                end = begin + min(piece, length - first)
+                for i in range(begin, end, LANES):
+                    some = some + cast(load_some(x, i, min(end - i, LANES)), some)
+            sums = sums + some
+    return total(sums)
 
 
 @step
-def sum_block(dy, x, y, shape, channel, block, center, relu):
-    """Return the sums of g and of g * (x - mean) over a block."""
-    start, runs, stride, length = block_at(shape, channel, block)
-    rest = length % LANES
+def measure_tile(x, shape, start, runs, length):
+    """Return a first mean of a tile, its error, and m2.
+
+    The first mean of float64 takes a pass of its own. For float32 the mean of the first elements
+    will do: the deviations are exact in float64, and what one outlier among these can cost (10
+    bits) leaves m2 within `spec.M2_RELATIVE_FLOAT32`.
+    """
+    samples, channels, size = shape
+    stride = channels * size
+    if is_double(x):
+        first = total_of(x, start, runs, stride, length) / (runs * length)
+    else:
+        some = min(length, LANES)
+        first = total(cast(load_some(x, start, some), 0.0)) / some
+    deviations = zeros()
+    squares = zeros()
+    group, piece = chain_of(length)
+    for run in range(0, runs, group):
+        for offset in range(0, length, piece):
+            some_deviations = zeros()
+            some_squares = zeros()
+            for r in range(run, min(run + group, runs)):
+                begin = start + r * stride + offset
+                end = begin + min(piece, length - offset)
+                whole = end - (end - begin) % LANES
+                ahead = next_needed(samples, channels, size, begin)
+                for i in range(begin, whole, LANES):
+                    prefetch(x, i + ahead)
+                    d = cast(load(x, i), deviations) - first
+                    some_deviations = some_deviations + d
+                    some_squares = muladd(d, d, some_squares)
+                if whole < end:
+                    d = cast(load_some(x, whole, end - whole), deviations) - first
+                    d = first_lanes(end - whole, d, 0.0)
+                    some_deviations = some_deviations + d
+                    some_squares = muladd(d, d, some_squares)
+            deviations = deviations + some_deviations
+            squares = squares + some_squares
+    return corrected(first, total(deviations), total(squares), float(runs * length))
+
+
+@inline
+def tile_at(shape, c, tile):
+    """Return where a tile starts, its runs, and their length."""
+    samples, channels, size = shape
+    runs, length, across, _ = tiles_of(samples, size)
+    group, piece = tile // across, tile % across
+    start = (group * runs * channels + c) * size + piece * length
+    return start, min(runs, samples - group * runs), min(length, size - piece * length)
+
+
+@inline
+def measure_at(x, shape, c, tile, moments):
+    """Measure a tile of a channel."""
+    start, runs, length = tile_at(shape, c, tile)
+    mean, low, m2 = measure_tile(x, shape, start, runs, length)
+    moments[c, tile, 0], moments[c, tile, 1] = mean, low
+    moments[c, tile, 2], moments[c, tile, 3] = m2, runs * length
+
+
+@step
+def measure_share(x, shape, moments, thread, threads):
+    """Measure a thread's share of the tiles of all channels."""
+    tiles = moments.shape[1]
+    units = moments.shape[0] * tiles
+    for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
+        measure_at(x, shape, unit // tiles, unit % tiles, moments)
+
+
+@step
+def merge_tiles(moments, c, mean, m2):
+    """Find mean and m2 of a channel: its tiles merged in order."""
+    center, low, spread, spread_low = moments[c, 0, 0], moments[c, 0, 1], moments[c, 0, 2], 0.0
+    count = moments[c, 0, 3]
+    for tile in range(1, moments.shape[1]):
+        other_count = moments[c, tile, 3]
+        center, low, spread, spread_low = merge(
+            count, center, low, spread, spread_low,
+            other_count, moments[c, tile, 0], moments[c, tile, 1], moments[c, tile, 2],
+        )  # fmt: skip
+        count += other_count
+    put(mean, c, center + low)
+    put(m2, c, settle(spread, spread_low))
+
+
+@step
+def train_share(
+    x, weight, bias, eps, residual, y, mean, m2, relu, shape, moments, numbers, wide, past,
+    thread, threads,
+):  # fmt: skip
+    """Measure and transform a thread's share of the channels, one group after the other."""
+    samples, channels, size = shape
+    begin, end = share(channels, thread, threads), share(channels, thread + 1, threads)
+    group = group_of(samples, size, numbers.itemsize, 1)
+    for first in range(begin, end, group):
+        stop = min(first + group, end)
+        for c in range(first, stop):
+            for tile in range(moments.shape[1]):
+                measure_at(x, shape, c, tile, moments)
+            merge_tiles(moments, c, mean, m2)
+        n = float(samples * size)
+        safe = fill_forward(numbers, wide, mean, m2, n, weight, bias, eps, first, stop)
+        for sample in range(samples):
+            from_, to = (sample * channels + first) * size, (sample * channels + stop) * size
+            normalize_by_runs(
+                x, residual, y, from_, to, size, numbers, wide, safe, relu, past
+            )
+
+
+def forward(
+    x: Array,
+    given_mean: Vector,
+    given_var: Vector,
+    weight: Vector,
+    bias: Vector,
+    eps: float,
+    residual: Array,
+    y: Array,
+    mean: Vector,
+    m2: Vector,
+    relu: bool,
+    samples: int,
+    channels: int,
+    size: int,
+    threads: int,
+) -> None:
+    """Compute mean and m2 where these are present; y where that is, by them or what is given."""
+    shape = (samples, channels, size)
+    elements = samples * channels * size
+    numbers, wide = room(x, 4, channels), np.empty((5, channels))
+    big = outgrows(elements, 3 if present(residual) else 2, numbers.itemsize)
+    past = past_cache(y, x, residual, big)
+    n = 1.0
+    if present(mean):
+        moments = np.empty((channels, tiles_of(samples, size)[3], 4))
+        if present(y) and enough_channels(channels, threads):
+            for thread in prange(threads):
+                train_share(
+                    x, weight, bias, eps, residual, y, mean, m2, relu, shape, moments, numbers,
+                    wide, past, thread, threads,
+                )  # fmt: skip
+            return
+        for thread in prange(threads):
+            measure_share(x, shape, moments, thread, threads)
+        for c in range(channels):
+            merge_tiles(moments, c, mean, m2)
+        given_mean, given_var, n = mean, m2, float(samples * size)
+    if not present(y):
+        return
+    safe = fill_forward(numbers, wide, given_mean, given_var, n, weight, bias, eps, 0, channels)
+    if size < LANES and samples >= CYCLES:
+        width = cycle_width(channels * size) + LANES
+        table, wide_table = room(x, 4, width), wide
+        stretch(numbers, size, table)
+        if not safe:
+            wide_table = np.empty((5, width))
+            stretch(wide, size, wide_table)
+        for thread in prange(threads):
+            begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
+            normalize_by_cycle(
+                x, residual, y, begin, end, table, wide_table, safe, relu, past
+            )
+        return
+    for thread in prange(threads):
+        begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
+        normalize_by_runs(x, residual, y, begin, end, size, numbers, wide, safe, relu, past)
+
+
+@step
+def sum_tile(dy, x, y, shape, start, runs, length, center):
+    """Return the sums of g and of g * (x - mean) over a tile."""
+    samples, channels, size = shape
+    stride = channels * size
+    relu = present(y)
     sums = zeros()
     products = zeros()
-    for first in range(start, start + runs * stride, stride):
-        stop = first + length
-        ahead = next_needed(shape, first)
-        for i in range(first, stop - rest, LANES):
-            prefetch(dy, i + ahead)
-            prefetch(x, i + ahead)
-            g = load(dy, i)
-            if relu:
-                g = where_positive(load(y, i), g)
-            wide = cast(g, sums)
-            sums = sums + wide
-            products = muladd(wide, cast(load(x, i), sums) - center, products)
-        if rest:
-            g = load_last(dy, stop, rest)
-            if relu:
-                g = where_positive(load_last(y, stop, rest), g)
-            wide = cast(g, sums)
-            sums = sums + wide
-            d = last_lanes(cast(load_last(x, stop, rest), sums) - center, rest)
-            products = muladd(wide, d, products)
+    group, piece = chain_of(length)
+    for run in range(0, runs, group):
+        for offset in range(0, length, piece):
+            some_sums = zeros()
+            some_products = zeros()
+            for r in range(run, min(run + group, runs)):
+                begin = start + r * stride + offset
+                end = begin + min(piece, length - offset)
+                whole = end - (end - begin) % LANES
+                ahead = next_needed(samples, channels, size, begin)
+                for i in range(begin, whole, LANES):
+                    prefetch(dy, i + ahead)
+                    prefetch(x, i + ahead)
+                    g = load(dy, i)
+                    if relu:
+                        g = where_positive(load(y, i), g)
+                    wide = cast(g, sums)
+                    some_sums = some_sums + wide
+                    d = cast(load(x, i), sums) - center
+                    some_products = muladd(wide, d, some_products)
+                if whole < end:
+                    count = end - whole
+                    g = load_some(dy, whole, count)
+                    if relu:
+                        g = where_positive(load_some(y, whole, count), g)
+                    wide = cast(g, sums)
+                    some_sums = some_sums + wide
+                    d = first_lanes(count, cast(load_some(x, whole, count), sums) - center, 0.0)
+                    some_products = muladd(wide, d, some_products)
+            sums = sums + some_sums
+            products = products + some_products
     return total(sums), total(products)
 
 
-@step
-def sum_blocks(dy, x, y, mean, relu, blocks, thread, threads):
-    """Sum a thread's share of the blocks of all channels."""
-    channels, per_channel, _ = blocks.shape
-    units = channels * per_channel
-    at = data(dy), data(x), data(y)
-    for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-        c, block = unit // per_channel, unit % per_channel
-        put_all(blocks, unit * 2, sum_block(*at, x.shape, c, block, mean[c], relu))
-
-
 @inline
-def add_blocks(blocks, channel):
-    """Return the two sums of a channel: its blocks added in order."""
+def sum_at(dy, x, y, shape, c, tile, mean, sums):
+    """Take the sums over a tile of a channel."""
+    start, runs, length = tile_at(shape, c, tile)
+    sums[c, tile, 0], sums[c, tile, 1] = sum_tile(
+        dy, x, y, shape, start, runs, length, get(mean, c)
+    )
+
+
+@step
+def sum_share(dy, x, y, shape, mean, sums, thread, threads):
+    """Take a thread's share of the sums over tiles of all channels."""
+    tiles = sums.shape[1]
+    units = sums.shape[0] * tiles
+    for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
+        sum_at(dy, x, y, shape, unit // tiles, unit % tiles, mean, sums)
+
+
+@step
+def add_tiles(sums, c, invstd, sum_dy, sum_dy_xhat):
+    """Find the two sums of a channel: its tiles added in order."""
     first, first_low, second, second_low = 0.0, 0.0, 0.0, 0.0
-    for block in range(blocks.shape[1]):
-        first, first_low = accumulate(first, first_low, blocks[channel, block, 0])
-        second, second_low = accumulate(second, second_low, blocks[channel, block, 1])
-    return settle(first, first_low), settle(second, second_low)
+    for tile in range(sums.shape[1]):
+        first, first_low = accumulate(first, first_low, sums[c, tile, 0])
+        second, second_low = accumulate(second, second_low, sums[c, tile, 1])
+    put(sum_dy, c, settle(first, first_low))
+    put(sum_dy_xhat, c, settle(second, second_low) * get(invstd, c))
 
 
 @step
-def gradient_run(dy, x, y, dx, dresidual, start, stop, head, slope, offset, factor, relu, both):
-    """Transform the gradients of one channel from ``start`` to ``stop``."""
-    count = stop - start
-    if count < LANES:
-        g = load_last(dy, stop, count)
-        if relu:
-            g = where_positive(load_last(y, stop, count), g)
-        value = gradient(g, load_last(x, stop, count), head, slope, offset, factor)
-        store_last(dx, stop, value, count)
-        if both:
-            store_last(dresidual, stop, g, count)
-        return
-    # As in `normalize_run`: dx may be dy.
-    last = stop - LANES
-    final_g = load(dy, last)
-    if relu:
-        final_g = where_positive(load(y, last), final_g)
-    final = gradient(final_g, load(x, last), head, slope, offset, factor)
-    for i in range(start, last, LANES):
-        g = load(dy, i)
-        if relu:
-            g = where_positive(load(y, i), g)
-        store(dx, i, gradient(g, load(x, i), head, slope, offset, factor))
-        if both:
-            store(dresidual, i, g)
-    store(dx, last, final)
-    if both:
-        store(dresidual, last, final_g)
-
-
-@inline
-def gradient_piece(dy, x, y, dx, dresidual, start, stop, table, wide, c, relu, both):
-    """Transform the gradients of channel ``c`` from ``start`` to ``stop`` by the tables."""
-    if table[4, c] != 0:
-        head, slope, offset, factor = table[0, c], table[1, c], table[2, c], table[3, c]
-        gradient_run(dy, x, y, dx, dresidual, start, stop, head, slope, offset, factor, relu, both)
-    else:
-        center, slope64, offset64, factor64 = wide[0, c], wide[1, c], wide[2, c], wide[3, c]
-        gradient_run(
-            dy, x, y, dx, dresidual, start, stop, center, slope64, offset64, factor64, relu, both
-        )
-
-
-@step
-def gradient_pieces(dy, x, y, dx, dresidual, table, wide, relu, both, thread, threads):
-    """Transform a thread's share of the gradients, in the order of memory."""
-    samples, channels, size = x.shape
-    _, length, across, _ = blocks_of(x.shape)
-    units = samples * channels * across
-    at = data(dy), data(x), data(y), data(dx), data(dresidual)
-    for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-        run, piece = unit // across, unit % across
-        start = run * size + piece * length
-        stop = run * size + min((piece + 1) * length, size)
-        gradient_piece(*at, start, stop, table, wide, run % channels, relu, both)
-
-
-@step
-def backward_channels(
-    dy, x, y, mean, invstd, weight, dx, dresidual, sum_dy, sum_dy_xhat, blocks, table, wide, relu,
-    both, thread, threads,
+def backward_share(
+    dy, x, y, mean, invstd, weight, dx, dresidual, sum_dy, sum_dy_xhat, shape, sums, numbers,
+    wide, past, thread, threads,
 ):  # fmt: skip
     """Sum and transform a thread's share of the channels, one group after the other."""
-    samples, channels, size = x.shape
-    count = samples * size
-    at = data(dy), data(x), data(y), data(dx), data(dresidual)
+    samples, channels, size = shape
     begin, end = share(channels, thread, threads), share(channels, thread + 1, threads)
-    for first in range(begin, end, group_of(x.shape)):
-        stop = min(first + group_of(x.shape), end)
+    group = group_of(samples, size, numbers.itemsize, 2)
+    n = float(samples * size)
+    for first in range(begin, end, group):
+        stop = min(first + group, end)
         for c in range(first, stop):
-            for block in range(blocks.shape[1]):
-                sums = sum_block(at[0], at[1], at[2], x.shape, c, block, mean[c], relu)
-                put_all(blocks, (c * blocks.shape[1] + block) * 2, sums)
-            one, other = add_blocks(blocks, c)
-            sum_dy[c], sum_dy_xhat[c] = one, other * invstd[c]
-            means = one / count, sum_dy_xhat[c] / count
-            fill_backward(table, wide, c, mean, invstd, weight, means)
-        for n in range(samples):
-            for c in range(first, stop):
-                start = (n * channels + c) * size
-                gradient_piece(*at, start, start + size, table, wide, c, relu, both)
+            for tile in range(sums.shape[1]):
+                sum_at(dy, x, y, shape, c, tile, mean, sums)
+            add_tiles(sums, c, invstd, sum_dy, sum_dy_xhat)
+        safe = fill_backward(
+            numbers, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, n, first, stop
+        )
+        for sample in range(samples):
+            from_, to = (sample * channels + first) * size, (sample * channels + stop) * size
+            gradient_by_runs(
+                dy, x, y, dx, dresidual, from_, to, size, numbers, wide, safe, past
+            )
 
 
 def backward(
-    x: Read,
-    dy: Read,
-    y: Read,
-    mean: ReadVector,
-    invstd: ReadVector,
-    weight: ReadVector,
-    given_dy: ReadVector,
-    given_dy_xhat: ReadVector,
-    count: int,
-    dx: Write,
-    dresidual: Write,
-    sum_dy: WriteVector,
-    sum_dy_xhat: WriteVector,
+    dy: Array,
+    x: Array,
+    y: Array,
+    mean: Vector,
+    invstd: Vector,
+    weight: Vector,
+    sum_dy: Vector,
+    sum_dy_xhat: Vector,
     measure: bool,
-    transform: bool,
-    relu: bool,
-    both: bool,
+    n: float,
+    dx: Array,
+    dresidual: Array,
+    samples: int,
+    channels: int,
+    size: int,
     threads: int,
 ) -> None:
-    """If ``measure``, compute the sums; if ``transform``, dx, by them or by what is given.
-
-    dresidual is written if ``both``.
-    """
-    channels = x.shape[1]
-    table = np.empty((5, channels), x.dtype)
-    wide = np.empty((4, channels))
-    blocks = np.empty((channels, blocks_of(x.shape)[3], 2))
-    if measure and transform and enough_channels(channels, threads):
-        for thread in prange(threads):
-            backward_channels(
-                dy, x, y, mean, invstd, weight, dx, dresidual, sum_dy, sum_dy_xhat, blocks, table,
-                wide, relu, both, thread, threads,
-            )  # fmt: skip
-        return
+    """Take the sums, if ``measure``; make dx by the sums over n, and dresidual, where present."""
+    shape = (samples, channels, size)
+    elements = samples * channels * size
+    numbers, wide = room(x, 4, channels), np.empty((5, channels))
+    past = past_cache(dx, dy, x, outgrows(elements, 3, numbers.itemsize))
     if measure:
+        sums = np.empty((channels, tiles_of(samples, size)[3], 2))
+        if present(dx) and enough_channels(channels, threads):
+            for thread in prange(threads):
+                backward_share(
+                    dy, x, y, mean, invstd, weight, dx, dresidual, sum_dy, sum_dy_xhat, shape,
+                    sums, numbers, wide, past, thread, threads,
+                )  # fmt: skip
+            return
         for thread in prange(threads):
-            sum_blocks(dy, x, y, mean, relu, blocks, thread, threads)
+            sum_share(dy, x, y, shape, mean, sums, thread, threads)
         for c in range(channels):
-            first, second = add_blocks(blocks, c)
-            sum_dy[c], sum_dy_xhat[c] = first, second * invstd[c]
-    if transform:
-        for c in range(channels):
-            first = sum_dy[c] if measure else given_dy[c]
-            second = sum_dy_xhat[c] if measure else given_dy_xhat[c]
-            fill_backward(table, wide, c, mean, invstd, weight, (first / count, second / count))
+            add_tiles(sums, c, invstd, sum_dy, sum_dy_xhat)
+    if not present(dx):
+        return
+    safe = fill_backward(
+        numbers, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, n, 0, channels
+    )
+    if size < LANES and samples >= CYCLES:
+        width = cycle_width(channels * size) + LANES
+        table, wide_table = room(x, 4, width), wide
+        stretch(numbers, size, table)
+        if not safe:
+            wide_table = np.empty((5, width))
+            stretch(wide, size, wide_table)
         for thread in prange(threads):
-            gradient_pieces(dy, x, y, dx, dresidual, table, wide, relu, both, thread, threads)
+            begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
+            gradient_by_cycle(
+                dy, x, y, dx, dresidual, begin, end, table, wide_table, safe, past
+            )
+        return
+    for thread in prange(threads):
+        begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
+        gradient_by_runs(dy, x, y, dx, dresidual, begin, end, size, numbers, wide, safe, past)
