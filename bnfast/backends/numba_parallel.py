@@ -43,7 +43,6 @@ __all__ = [
 
 _FORMS: dict[int, ModuleType] = {3: rows, 2: columns}
 _FLOAT64 = np.dtype(np.float64)
-_ABSENT = (None, None, None, None)
 _serial_only = False
 _most_threads: int = numba.config.NUMBA_NUM_THREADS
 _numba: Any = numba  # which does not declare its public names to type checkers
@@ -72,7 +71,8 @@ def moments(x: Floats, *, mean: Channels, m2: Channels, num_threads: int) -> Non
     if x.size == 0:
         mean[:] = m2[:] = 0.0
         return
-    _run("forward", num_threads, x, x, *_ABSENT, 0.0, None, None, mean, m2, False)
+    given = (x, None, None, None, None, 0.0, None)
+    _run("forward", num_threads, x, (*given, None, mean, m2, False))
 
 
 def normalize(
@@ -91,8 +91,8 @@ def normalize(
     """See `bnfast.spec.Kernels.normalize`."""
     if x.size == 0:
         return
-    given = (mean, var, weight, bias, eps, residual)
-    _run("forward", num_threads, x, x, *given, y, None, None, relu)
+    given = (x, mean, var, weight, bias, eps, residual)
+    _run("forward", num_threads, x, (*given, y, None, None, relu))
 
 
 def train(
@@ -112,8 +112,8 @@ def train(
     if x.size == 0:
         mean[:] = m2[:] = 0.0
         return
-    given = (None, None, weight, bias, eps, residual)
-    _run("forward", num_threads, x, x, *given, y, mean, m2, relu)
+    given = (x, None, None, weight, bias, eps, residual)
+    _run("forward", num_threads, x, (*given, y, mean, m2, relu))
 
 
 def backward_sums(
@@ -133,7 +133,7 @@ def backward_sums(
         sum_dy[:] = sum_dy_xhat[:] = 0.0
         return
     given = (dy, x, y if relu else None, mean, invstd, None)
-    _run("backward", num_threads, x, *given, sum_dy, sum_dy_xhat, True, 1.0, None, None)
+    _run("backward", num_threads, x, (*given, sum_dy, sum_dy_xhat, True, 1.0, None, None))
 
 
 def backward_input(
@@ -156,7 +156,7 @@ def backward_input(
     if x.size == 0:
         return
     given = (dy, x, y if relu else None, mean, invstd, weight)
-    _run("backward", num_threads, x, *given, sum_dy, sum_dy_xhat, False, count, dx, dresidual)
+    _run("backward", num_threads, x, (*given, sum_dy, sum_dy_xhat, False, count, dx, dresidual))
 
 
 def backward(
@@ -180,20 +180,19 @@ def backward(
         return
     given = (dy, x, y if relu else None, mean, invstd, weight)
     count = x.size // x.shape[1]
-    _run("backward", num_threads, x, *given, sum_dy, sum_dy_xhat, True, count, dx, dresidual)
+    _run("backward", num_threads, x, (*given, sum_dy, sum_dy_xhat, True, count, dx, dresidual))
 
 
-def _run(name: str, num_threads: int, x: Floats, *arguments: Any) -> None:
+def _run(name: str, num_threads: int, x: Floats, arguments: tuple[Any, ...]) -> None:
     """Call the build of a kernel that fits ``x`` and the number of threads."""
-    outer, channels, inner = x.shape if x.ndim == 3 else (*x.shape, 1)
-    threads = 1 if _serial_only else min(num_threads, _most_threads)
-    kernel = _kernel(name, x.ndim, x.dtype, threads > 1)
-    if threads == 1:
-        kernel(*arguments, outer, channels, inner, 1)
+    if num_threads == 1 or _serial_only or _most_threads == 1:
+        _kernel(name, x.ndim, x.dtype, False)(*arguments, x, 1)
         return
+    threads = min(num_threads, _most_threads)
+    kernel = _kernel(name, x.ndim, x.dtype, True)
     before = _exchange()(threads)
     try:
-        kernel(*arguments, outer, channels, inner, threads)
+        kernel(*arguments, x, threads)
     finally:
         if before != threads:
             _exchange()(before)

@@ -10,6 +10,7 @@ that a kernel allocated may stand for its address.
     is_double(x)                     whether x is of float64: a constant to the optimiser
     room(x, rows, columns)           a new array of the dtype of x
     load(x, i)                       x[i : i+16]
+    load_wide(x, i)                  the same in float64
     load_some(x, i, count)           x[i : i+count] in the first lanes, zero in the others
     store(y, i, v)                   y[i : i+16] = v, rounded to the dtype of y
     store_some(y, i, v, count)       y[i : i+count] = the first lanes of v
@@ -33,6 +34,7 @@ from numba.np.numpy_support import as_dtype
 from bnfast.backends.numba_kernels.lanes import (
     I32,
     I64,
+    LANES,
     Lanes,
     call_llvm,
     convert,
@@ -45,8 +47,9 @@ LINE = 64
 """Bytes of a cache line."""
 
 _DATA = object.__basicsize__
-"""Where an array object holds the address of its first element: after Python's own fields, as
-NumPy's C interface has it."""
+_DIMENSIONS = _DATA + 16
+"""Where an array object holds the addresses of its first element and of its dimensions, as NumPy's
+C interface has it: after Python's own fields; between them is their number."""
 
 
 class Address(types.Type):
@@ -63,15 +66,38 @@ class _AddressModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, dmm.lookup(fe_type.dtype).get_data_type().as_pointer())
 
 
+class Dimensions(Address):
+    """Numba type of the address of an array's dimensions."""
+
+    def __init__(self):
+        super().__init__(types.intp)
+        self.name = "Dimensions"
+
+
+register_model(Dimensions)(_AddressModel)
+
+
+def _field(c, array, offset, kind):
+    """Return a field of an array object."""
+    start = c.builder.bitcast(array, ir.IntType(8).as_pointer())
+    return c.builder.load(
+        c.builder.bitcast(c.builder.gep(start, [I64(offset)]), kind.as_pointer())
+    )
+
+
 @unbox(Address)
 def _address_of(kind, array, c):
     """Return the address in an array object; 0 for None. Nothing is checked."""
     pointer = c.context.get_value_type(kind)
     absent = c.builder.icmp_unsigned("==", array, c.pyapi.borrow_none())
-    start = c.builder.bitcast(array, ir.IntType(8).as_pointer())
-    field = c.builder.gep(start, [I64(_DATA)])
-    address = c.builder.load(c.builder.bitcast(field, pointer.as_pointer()))
+    address = _field(c, array, _DATA, pointer)
     return NativeValue(c.builder.select(absent, ir.Constant(pointer, None), address))
+
+
+@unbox(Dimensions)
+def _dimensions_of(kind, array, c):
+    """Return where an array object holds its dimensions."""
+    return NativeValue(_field(c, array, _DIMENSIONS, c.context.get_value_type(kind)))
 
 
 def _pointer(context, builder, kind, value, index):
@@ -136,6 +162,30 @@ def load(typingctx, x, index):
         return builder.load(pointer, align=sig.args[0].dtype.bitwidth // 8)
 
     return Lanes(x.dtype)(x, types.intp), codegen
+
+
+@intrinsic
+def load_wide(typingctx, x, index):
+    """Return x[index : index + 16] in float64.
+
+    It is read in two halves, because a conversion of eight numbers can read them itself, while one
+    of sixteen would have to take them apart in registers.
+    """
+
+    def codegen(context, builder, sig, args):
+        kind = sig.args[0]
+        half = ir.VectorType(context.get_value_type(kind.dtype), LANES // 2)
+        wide = ir.VectorType(ir.DoubleType(), LANES // 2)
+        halves = []
+        for offset in (0, LANES // 2):
+            at = _pointer(context, builder, kind, args[0], builder.add(args[1], I64(offset)))
+            pointer = builder.bitcast(at, half.as_pointer())
+            read = builder.load(pointer, align=kind.dtype.bitwidth // 8)
+            halves.append(read if half == wide else builder.fpext(read, wide))
+        order = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+        return builder.shuffle_vector(*halves, order)
+
+    return Lanes(types.float64)(x, types.intp), codegen
 
 
 @intrinsic

@@ -24,6 +24,7 @@ from bnfast.backends.numba_kernels.addresses import (
     is_double,
     load,
     load_some,
+    load_wide,
     prefetch,
     present,
     put,
@@ -40,7 +41,7 @@ from bnfast.backends.numba_kernels.arithmetic import (
     settle,
     share,
 )
-from bnfast.backends.numba_kernels.compiling import Array, Vector, inline, step
+from bnfast.backends.numba_kernels.compiling import Array, Shape, Vector, inline, step
 from bnfast.backends.numba_kernels.lanes import LANES, cast, muladd, where_positive, zeros
 from bnfast.backends.numba_kernels.walks import (
     cycle_width,
@@ -63,11 +64,12 @@ ROWS = 512
 PARTS = 64
 """Parts times tiles, at most: more threads than that would have nothing to do."""
 
-STRIP = 16
+STRIP = 8
 """Rows that are added up before their sum is added to that of the block. A term then takes part in
 at most 16 + 512 / 16 additions, each of which errs by up to half a unit; `spec.SUM_UNITS` is 32."""
 
-AHEAD = 16
+AHEAD_ROWS = 8
+AHEAD = 4096
 """Rows by which memory is asked for ahead, into the L2 cache. The hardware does not foresee the way
 through a strip: without this the sums over a 100 MB array took three times as long."""
 
@@ -100,10 +102,45 @@ def parts_of(rows, width):
 
 
 @inline
+def ahead_of(width):
+    """Return how many elements ahead memory is asked for: a number of whole rows."""
+    return max(AHEAD_ROWS, AHEAD // width) * width
+
+
+@inline
+def wide_at(x, i, count):
+    """Return ``count`` elements in float64, zeros after them."""
+    return load_wide(x, i) if count == LANES else cast(load_some(x, i, count), 0.0)
+
+
+@inline
 def rows_of_part(rows, block, part, parts):
     """Return the first row of a part, and the first after it."""
     blocks = -(-rows // block)
     return share(blocks, part, parts) * block, min(share(blocks, part + 1, parts) * block, rows)
+
+
+@inline
+def add_strip(x, i, width, rows, count):
+    """Return the sums of ``count`` columns over rows, from element ``i`` on."""
+    sums = zeros()
+    for row in range(rows):
+        sums = sums + wide_at(x, i + row * width, count)
+    return sums
+
+
+@inline
+def measure_strip(x, i, width, rows, count, ahead, mean):
+    """Return the sums of deviations and of their squares of columns over rows."""
+    deviations = zeros()
+    squares = zeros()
+    for row in range(rows):
+        at = i + row * width
+        prefetch(x, at + ahead)
+        d = wide_at(x, at, count) - mean
+        deviations = deviations + d
+        squares = muladd(d, d, squares)
+    return deviations, squares
 
 
 @step
@@ -114,32 +151,30 @@ def measure_block(x, first, stop, left, right, width, scratch):
     as in `rows.measure_tile`.
     """
     space = scratch.shape[1]
+    ahead = ahead_of(width)
     scratch[:] = 0.0
     sample = stop if is_double(x) else min(stop, first + 4)
     for strip in range(first, sample, STRIP):
+        rows = min(STRIP, sample - strip)
         for at in range(left, right, LANES):
-            count = min(LANES, right - at)
-            sums = zeros()
-            for row in range(strip, min(strip + STRIP, sample)):
-                sums = sums + cast(load_some(x, row * width + at, count), sums)
+            sums = add_strip(x, strip * width + at, width, rows, min(LANES, right - at))
             store(scratch, at - left, load(scratch, at - left) + sums)
     for at in range(0, space, LANES):
         store(scratch, at, load(scratch, at) / (sample - first))
     for strip in range(first, stop, STRIP):
+        rows = min(STRIP, stop - strip)
         for at in range(left, right, LANES):
             count = min(LANES, right - at)
             mean = load(scratch, at - left)
-            deviations = zeros()
-            squares = zeros()
-            for row in range(strip, min(strip + STRIP, stop)):
-                prefetch(x, (row + AHEAD) * width + at)
-                d = cast(load_some(x, row * width + at, count), mean) - mean
-                deviations = deviations + d
-                squares = muladd(d, d, squares)
+            # Constants let the optimiser unroll the strip.
+            if rows == STRIP and count == LANES:
+                sums = measure_strip(x, strip * width + at, width, STRIP, LANES, ahead, mean)
+            else:
+                sums = measure_strip(x, strip * width + at, width, rows, count, ahead, mean)
             into = space + at - left
-            store(scratch, into, load(scratch, into) + deviations)
+            store(scratch, into, load(scratch, into) + sums[0])
             into += space
-            store(scratch, into, load(scratch, into) + squares)
+            store(scratch, into, load(scratch, into) + sums[1])
 
 
 @inline
@@ -252,12 +287,11 @@ def forward(
     mean: Vector,
     m2: Vector,
     relu: bool,
-    outer: int,
-    channels: int,
-    inner: int,
+    shape: Shape,
     threads: int,
 ) -> None:
     """Compute mean and m2 where these are present; y where that is, by them or what is given."""
+    outer, channels = get(shape, 0), get(shape, 1)
     elements = outer * channels
     n = 1.0
     if present(mean):
@@ -290,40 +324,51 @@ def forward(
         normalize_by_cycle(x, residual, y, begin, end, table, wide, safe, relu, past)
 
 
+@inline
+def sum_strip(dy, x, y, i, width, rows, count, ahead, mean):
+    """Return the sums of g and of g * (x - mean) of columns over rows."""
+    sums = zeros()
+    products = zeros()
+    for row in range(rows):
+        at = i + row * width
+        prefetch(dy, at + ahead)
+        prefetch(x, at + ahead)
+        g = wide_at(dy, at, count)
+        if present(y):
+            g = where_positive(load_some(y, at, count), g)
+        sums = sums + g
+        products = muladd(g, wide_at(x, at, count) - mean, products)
+    return sums, products
+
+
 @step
-def sum_part(dy, x, y, rows, width, part, tile, center, state):
+def sum_part(dy, x, y, all_rows, width, part, tile, center, state):
     """Put the sums of g, of g * (x - mean), and their rounding errors into ``state[part]``."""
     space = state.shape[2]
-    block, parts, _ = parts_of(rows, width)
+    block, parts, _ = parts_of(all_rows, width)
     left, right = tile * TILE, min((tile + 1) * TILE, width)
-    begin, end = rows_of_part(rows, block, part, parts)
+    begin, end = rows_of_part(all_rows, block, part, parts)
     padded = -(-(right - left) // LANES) * LANES
-    relu = present(y)
+    ahead = ahead_of(width)
     scratch = np.empty((2, padded))
     state[part, :, left : left + padded] = 0.0
     for first in range(begin, end, block):
         stop = min(first + block, end)
         scratch[:] = 0.0
         for strip in range(first, stop, STRIP):
+            rows = min(STRIP, stop - strip)
             for at in range(left, right, LANES):
                 count = min(LANES, right - at)
-                sums = zeros()
-                products = zeros()
+                i = strip * width + at
                 mean = load(center, at)
-                for row in range(strip, min(strip + STRIP, stop)):
-                    i = row * width + at
-                    prefetch(dy, i + AHEAD * width)
-                    prefetch(x, i + AHEAD * width)
-                    g = load_some(dy, i, count)
-                    if relu:
-                        g = where_positive(load_some(y, i, count), g)
-                    wide = cast(g, sums)
-                    sums = sums + wide
-                    products = muladd(wide, cast(load_some(x, i, count), sums) - mean, products)
+                if rows == STRIP and count == LANES:
+                    sums = sum_strip(dy, x, y, i, width, STRIP, LANES, ahead, mean)
+                else:
+                    sums = sum_strip(dy, x, y, i, width, rows, count, ahead, mean)
                 into = at - left
-                store(scratch, into, load(scratch, into) + sums)
+                store(scratch, into, load(scratch, into) + sums[0])
                 into += padded
-                store(scratch, into, load(scratch, into) + products)
+                store(scratch, into, load(scratch, into) + sums[1])
         for at in range(0, padded, LANES):
             for quantity in range(2):
                 into = (part * 4 + quantity) * space + left + at
@@ -392,12 +437,11 @@ def backward(
     n: float,
     dx: Array,
     dresidual: Array,
-    outer: int,
-    channels: int,
-    inner: int,
+    shape: Shape,
     threads: int,
 ) -> None:
     """Take the sums, if ``measure``; make dx by the sums over n, and dresidual, where present."""
+    outer, channels = get(shape, 0), get(shape, 1)
     elements = outer * channels
     if measure:
         width, rows = wide_rows(outer, channels)

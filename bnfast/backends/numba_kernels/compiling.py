@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import njit, types
 from numpy.typing import NDArray
 
-from bnfast.backends.numba_kernels.addresses import Address
+from bnfast.backends.numba_kernels.addresses import Address, Dimensions
 from bnfast.backends.numba_kernels.lanes import I64, call_llvm, intrinsic
 
 Array: TypeAlias = "NDArray[Any] | None"
@@ -27,6 +27,9 @@ Array: TypeAlias = "NDArray[Any] | None"
 
 Vector: TypeAlias = "NDArray[np.float64] | None"
 """Parameter: one number per channel, or None; the kernel gets its `Address`."""
+
+Shape: TypeAlias = NDArray[Any]
+"""Parameter: an array; the kernel gets the address of its dimensions."""
 
 Kernel: TypeAlias = Callable[..., Any]
 
@@ -48,6 +51,7 @@ def build(function: FunctionType, dtype: np.dtype[Any], *, parallel: bool) -> Ke
     kinds = {
         "Array": Address(numba.from_dtype(dtype)),
         "Vector": Address(types.float64),
+        "Shape": Dimensions(),
         "float": types.float64,
         "int": types.intp,
         "bool": types.boolean,

@@ -25,6 +25,7 @@ from bnfast.backends.numba_kernels.addresses import (
     is_double,
     load,
     load_some,
+    load_wide,
     prefetch,
     present,
     put,
@@ -39,7 +40,7 @@ from bnfast.backends.numba_kernels.arithmetic import (
     settle,
     share,
 )
-from bnfast.backends.numba_kernels.compiling import Array, Vector, inline, step
+from bnfast.backends.numba_kernels.compiling import Array, Shape, Vector, inline, step
 from bnfast.backends.numba_kernels.lanes import (
     LANES,
     cast,
@@ -173,7 +174,7 @@ def measure_tile(x, shape, start, runs, length):
                 ahead = next_needed(samples, channels, size, begin)
                 for i in range(begin, whole, LANES):
                     prefetch(x, i + ahead)
-                    d = cast(load(x, i), deviations) - first
+                    d = load_wide(x, i) - first
                     some_deviations = some_deviations + d
                     some_squares = muladd(d, d, some_squares)
                 if whole < end:
@@ -266,12 +267,11 @@ def forward(
     mean: Vector,
     m2: Vector,
     relu: bool,
-    samples: int,
-    channels: int,
-    size: int,
+    dimensions: Shape,
     threads: int,
 ) -> None:
     """Compute mean and m2 where these are present; y where that is, by them or what is given."""
+    samples, channels, size = get(dimensions, 0), get(dimensions, 1), get(dimensions, 2)
     shape = (samples, channels, size)
     elements = samples * channels * size
     numbers, wide = room(x, 4, channels), np.empty((5, channels))
@@ -334,22 +334,19 @@ def sum_tile(dy, x, y, shape, start, runs, length, center):
                 for i in range(begin, whole, LANES):
                     prefetch(dy, i + ahead)
                     prefetch(x, i + ahead)
-                    g = load(dy, i)
+                    g = load_wide(dy, i)
                     if relu:
                         g = where_positive(load(y, i), g)
-                    wide = cast(g, sums)
-                    some_sums = some_sums + wide
-                    d = cast(load(x, i), sums) - center
-                    some_products = muladd(wide, d, some_products)
+                    some_sums = some_sums + g
+                    some_products = muladd(g, load_wide(x, i) - center, some_products)
                 if whole < end:
                     count = end - whole
-                    g = load_some(dy, whole, count)
+                    g = cast(load_some(dy, whole, count), sums)
                     if relu:
                         g = where_positive(load_some(y, whole, count), g)
-                    wide = cast(g, sums)
-                    some_sums = some_sums + wide
+                    some_sums = some_sums + g
                     d = first_lanes(count, cast(load_some(x, whole, count), sums) - center, 0.0)
-                    some_products = muladd(wide, d, some_products)
+                    some_products = muladd(g, d, some_products)
             sums = sums + some_sums
             products = products + some_products
     return total(sums), total(products)
@@ -423,12 +420,11 @@ def backward(
     n: float,
     dx: Array,
     dresidual: Array,
-    samples: int,
-    channels: int,
-    size: int,
+    dimensions: Shape,
     threads: int,
 ) -> None:
     """Take the sums, if ``measure``; make dx by the sums over n, and dresidual, where present."""
+    samples, channels, size = get(dimensions, 0), get(dimensions, 1), get(dimensions, 2)
     shape = (samples, channels, size)
     elements = samples * channels * size
     numbers, wide = room(x, 4, channels), np.empty((5, channels))
