@@ -58,20 +58,23 @@ TILE = 512
 BLOCK = 32768
 """Elements of a block, at most: 128 KiB of float32, 256 KiB of float64."""
 
-ROWS = 512
+ROWS = 240
 """Rows of a block, at most."""
 
 PARTS = 64
 """Parts times tiles, at most: more threads than that would have nothing to do."""
 
-STRIP = 8
-"""Rows that are added up before their sum is added to that of the block. A term then takes part in
-at most 16 + 512 / 16 additions, each of which errs by up to half a unit; `spec.SUM_UNITS` is 32."""
+STRIP = 4
+"""Rows that are added up, in registers, before their sum is added to that of the block. A term then
+takes part in at most 4 + 240 / 4 additions, each of which errs by up to half a unit;
+`spec.SUM_UNITS` is 32. With 8 or 16 rows sums took up to a third longer: memory is read less in
+order."""
 
 AHEAD_ROWS = 8
 AHEAD = 4096
-"""Rows by which memory is asked for ahead, into the L2 cache. The hardware does not foresee the way
-through a strip: without this the sums over a 100 MB array took three times as long."""
+"""Rows, at least, and elements by which memory is asked for ahead, into the L2 cache. The hardware
+does not foresee the way through a strip: without this the sums over a 100 MB array took three times
+as long."""
 
 MANY = 512
 """Channels from which on the threads share the work on channels, too."""
@@ -98,7 +101,8 @@ def parts_of(rows, width):
     if blocks > 2:
         blocks = -(-blocks // 8) * 8
     block = max(1, -(-rows // max(1, blocks)))
-    return block, max(1, min(-(-rows // block), PARTS // tiles)), tiles
+    blocks = -(-rows // block)
+    return block, max(1, min(blocks, PARTS // tiles, max(8, blocks // 4))), tiles
 
 
 @inline
