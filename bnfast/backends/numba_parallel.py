@@ -1,7 +1,8 @@
 """The Numba backend: kernels compiled on the user's machine, for its CPU, at first use.
 
 This module is the front: it picks the kernel for the form and dtype of an array and for the number
-of threads. What a kernel is to compute, it sees from which arrays are None. The loops are in `bnfast.backends.numba_kernels`.
+of threads. What a kernel is to compute, it sees from which arrays are None. The loops are in
+`bnfast.backends.numba_kernels`.
 
 Threads
     With one thread the serial build of a kernel runs, which never enters Numba's threading layer.
@@ -24,7 +25,7 @@ import numpy as np
 from llvmlite import binding
 
 from bnfast.backends.host_arrays import accepts, empty, view
-from bnfast.backends.numba_kernels import columns, compiling, rows
+from bnfast.backends.numba_kernels import columns, compiling, rows, team
 from bnfast.spec import Channels, Floats
 
 __all__ = [
@@ -44,8 +45,8 @@ __all__ = [
 _FORMS: dict[int, ModuleType] = {3: rows, 2: columns}
 _FLOAT64 = np.dtype(np.float64)
 _serial_only = False
-_most_threads: int = numba.config.NUMBA_NUM_THREADS
 _numba: Any = numba  # which does not declare its public names to type checkers
+_most_threads: int = _numba.config.NUMBA_NUM_THREADS
 
 
 def unavailable() -> str | None:
@@ -206,7 +207,7 @@ def _kernel(name: str, ndim: int, dtype: np.dtype[Any], parallel: bool) -> compi
 @functools.cache
 def _exchange() -> compiling.Kernel:
     _numba.get_num_threads()  # starts the threads
-    return compiling.build(compiling.exchange_threads, _FLOAT64, parallel=False)
+    return compiling.build(team.exchange, _FLOAT64, parallel=False)
 
 
 def _after_fork_in_child() -> None:

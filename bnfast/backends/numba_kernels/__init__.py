@@ -2,7 +2,10 @@
 
     compiling   a kernel's source -> machine code, by dtype and with or without threads
     lanes       sixteen numbers side by side: the type that the kernels compute with
-    arithmetic  the steps that both forms share: merging moments, tables of channel numbers, y, dx
+    team        how many threads Numba uses
+    addresses   arrays as kernels see them, and the ways between memory and lanes
+    arithmetic  the steps that both forms share: merging moments, numbers of channels, y, dx
+    walks       elementwise passes along the flat output, in whole cache lines
     rows        channels-first (N, C, S): a channel is N runs of S adjacent elements
     columns     channels-last (M, C): a channel is a column
 

@@ -80,9 +80,7 @@ register_model(Dimensions)(_AddressModel)
 def _field(c, array, offset, kind):
     """Return a field of an array object."""
     start = c.builder.bitcast(array, ir.IntType(8).as_pointer())
-    return c.builder.load(
-        c.builder.bitcast(c.builder.gep(start, [I64(offset)]), kind.as_pointer())
-    )
+    return c.builder.load(c.builder.bitcast(c.builder.gep(start, [I64(offset)]), kind.as_pointer()))
 
 
 @unbox(Address)

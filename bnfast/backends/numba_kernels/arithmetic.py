@@ -7,15 +7,15 @@ Moments
     plain sum over the 10,000 parts of 1e7 equal elements drifts by 2,500 units of 2^-53.
 Numbers
     What each channel is transformed by, four numbers, computed once per call: ``numbers`` in the
-    dtype of x, ``wide`` in float64. Row `MISFIT` of ``wide`` is not 0 for a channel whose numbers float32
-    cannot hold well: its elements are computed from ``wide`` and rounded once.
+    dtype of x, ``wide`` in float64. Row `MISFIT` of ``wide`` is not 0 for a channel whose numbers
+    float32 cannot hold well: its elements are computed from ``wide`` and rounded once.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
-from bnfast.backends.numba_kernels.addresses import load_some, put, store_some
+from bnfast.backends.numba_kernels.addresses import load_some, store_some
 from bnfast.backends.numba_kernels.compiling import inline
 from bnfast.backends.numba_kernels.lanes import (
     LANES,
@@ -25,7 +25,6 @@ from bnfast.backends.numba_kernels.lanes import (
     misfit,
     muladd,
     rectify,
-    settle,
     square_root,
     total,
     where_nonzero,

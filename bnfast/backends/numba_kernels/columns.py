@@ -12,7 +12,7 @@ blocks, merged as they come; the parts, at most `PARTS`, are what threads share.
 merges the parts, and the columns of a channel.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from __future__ import annotations
 
@@ -38,11 +38,10 @@ from bnfast.backends.numba_kernels.arithmetic import (
     fill_backward,
     fill_forward,
     merge,
-    settle,
     share,
 )
 from bnfast.backends.numba_kernels.compiling import Array, Shape, Vector, inline, step
-from bnfast.backends.numba_kernels.lanes import LANES, cast, muladd, where_positive, zeros
+from bnfast.backends.numba_kernels.lanes import LANES, cast, muladd, settle, where_positive, zeros
 from bnfast.backends.numba_kernels.walks import (
     cycle_width,
     gradient_by_cycle,

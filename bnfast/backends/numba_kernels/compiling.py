@@ -4,6 +4,8 @@ Every kernel is compiled for one explicit signature, taken from its annotations.
 Numba would compile anew, within the user's call, for a read-only array or for None.
 """
 
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import functools
@@ -15,12 +17,10 @@ from typing import Any, TypeAlias
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
 from numpy.typing import NDArray
 
 from bnfast.backends.numba_kernels.addresses import Address, Dimensions
-from bnfast.backends.numba_kernels.lanes import I64, call_llvm, intrinsic
 
 Array: TypeAlias = "NDArray[Any] | None"
 """Parameter: an array in one of the two forms, or None; the kernel gets its `Address`."""
@@ -42,13 +42,13 @@ step: Any = njit(**_internal)
 """A larger step, for the optimiser to inline or not."""
 
 
-def build(function: FunctionType, dtype: np.dtype[Any], *, parallel: bool) -> Kernel:
+def build(function: Callable[..., Any], dtype: np.dtype[Any], *, parallel: bool) -> Kernel:
     """Compile ``function`` for arrays of ``dtype``, or load it from disk.
 
     What is returned skips Numba's dispatcher, which would ask every argument for its type. It takes
     positional arguments, does not check them, and gives up the GIL.
     """
-    kinds = {
+    kinds: dict[str, Any] = {
         "Array": Address(numba.from_dtype(dtype)),
         "Vector": Address(types.float64),
         "Shape": Dimensions(),
@@ -73,6 +73,7 @@ def build(function: FunctionType, dtype: np.dtype[Any], *, parallel: bool) -> Ke
         no_cfunc_wrapper=True,
         parallel=parallel,
     )
+    compiled: Any
     try:
         compiled = compile_(cache=True)(kernel)
     except Exception:
@@ -81,25 +82,6 @@ def build(function: FunctionType, dtype: np.dtype[Any], *, parallel: bool) -> Ke
         compiled = compile_(cache=False)(kernel)
     entry: Kernel = compiled.overloads[signature.args].entry_point
     return entry
-
-
-@intrinsic
-def _exchange(typingctx, threads):
-    def codegen(context, builder, sig, args):
-        before = call_llvm(builder, "get_num_threads", I64, [])
-        call_llvm(builder, "set_num_threads", ir.VoidType(), list(args))
-        return before
-
-    return types.intp(types.intp), codegen
-
-
-def exchange_threads(threads: int) -> int:
-    """Set the number of Numba's threads for the calling thread; return what it was.
-
-    Asked for and set by Numba's functions, from Python, that takes 1.2 microseconds. The threads
-    must have been started.
-    """
-    return _exchange(threads)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ channels is transformed while it is still in the cache; else the threads share t
 channel, and meet in between.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ from bnfast.backends.numba_kernels.arithmetic import (
     fill_backward,
     fill_forward,
     merge,
-    settle,
     share,
 )
 from bnfast.backends.numba_kernels.compiling import Array, Shape, Vector, inline, step
@@ -46,6 +45,7 @@ from bnfast.backends.numba_kernels.lanes import (
     cast,
     first_lanes,
     muladd,
+    settle,
     total,
     where_positive,
     zeros,
@@ -71,9 +71,6 @@ it is emptied into, 4 across lanes, each of which errs by up to half a unit; `sp
 
 AHEAD = 2048
 """Elements by which memory is asked for ahead, into the L2 cache."""
-
-FORESEEN = 16384
-"""Length of a run from which on the hardware's own foresight is enough."""
 
 ADJACENT = 2048
 """Elements, at least, that the fused kernels write one after the other: with runs of 49 elements,
@@ -103,21 +100,24 @@ def group_of(samples, size, itemsize, arrays):
 
 
 @inline
-def enough_channels(channels, threads):
+def enough_channels(channels, size, threads):
     """Return whether threads that take whole channels finish at about the same time."""
-    return channels % threads == 0 or channels >= 8 * threads
+    return size >= 128 and (channels % threads == 0 or channels >= 8 * threads)
 
 
 @inline
-def next_needed(samples, channels, size, at):
-    """Return how far from an element of a run that one is which should be asked for with it.
+def next_needed(samples, channels, size, at, offset):
+    """Return how far from an element, ``offset`` into its run, to ask for memory.
 
-    That is the same element `AHEAD` elements on in the channel; after its last run comes the first
-    run of the next channel. The hardware foresees the way within a run, so long runs need no help.
+    That is about `AHEAD` elements on in the channel, in one of the next runs; after its last run
+    comes the first run of the next channel.
     """
-    if size > FORESEEN:
-        return 0
-    distance = min(max(AHEAD // size, 1), samples) * channels * size
+    if size < AHEAD:
+        distance = min(AHEAD // size, samples) * channels * size
+    elif offset + AHEAD < size:
+        distance = AHEAD
+    else:
+        distance = AHEAD - size + channels * size
     beyond = at + distance >= samples * channels * size
     return distance + size - samples * channels * size if beyond else distance
 
@@ -155,6 +155,7 @@ def measure_tile(x, shape, start, runs, length):
     """
     samples, channels, size = shape
     stride = channels * size
+    into = start % size
     if is_double(x):
         first = total_of(x, start, runs, stride, length) / (runs * length)
     else:
@@ -171,7 +172,7 @@ def measure_tile(x, shape, start, runs, length):
                 begin = start + r * stride + offset
                 end = begin + min(piece, length - offset)
                 whole = end - (end - begin) % LANES
-                ahead = next_needed(samples, channels, size, begin)
+                ahead = next_needed(samples, channels, size, begin, into + offset)
                 for i in range(begin, whole, LANES):
                     prefetch(x, i + ahead)
                     d = load_wide(x, i) - first
@@ -250,9 +251,7 @@ def train_share(
         safe = fill_forward(numbers, wide, mean, m2, n, weight, bias, eps, first, stop)
         for sample in range(samples):
             from_, to = (sample * channels + first) * size, (sample * channels + stop) * size
-            normalize_by_runs(
-                x, residual, y, from_, to, size, numbers, wide, safe, relu, past
-            )
+            normalize_by_runs(x, residual, y, from_, to, size, numbers, wide, safe, relu, past)
 
 
 def forward(
@@ -280,7 +279,7 @@ def forward(
     n = 1.0
     if present(mean):
         moments = np.empty((channels, tiles_of(samples, size)[3], 4))
-        if present(y) and enough_channels(channels, threads):
+        if present(y) and enough_channels(channels, size, threads):
             for thread in prange(threads):
                 train_share(
                     x, weight, bias, eps, residual, y, mean, m2, relu, shape, moments, numbers,
@@ -304,9 +303,7 @@ def forward(
             stretch(wide, size, wide_table)
         for thread in prange(threads):
             begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
-            normalize_by_cycle(
-                x, residual, y, begin, end, table, wide_table, safe, relu, past
-            )
+            normalize_by_cycle(x, residual, y, begin, end, table, wide_table, safe, relu, past)
         return
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
@@ -318,6 +315,7 @@ def sum_tile(dy, x, y, shape, start, runs, length, center):
     """Return the sums of g and of g * (x - mean) over a tile."""
     samples, channels, size = shape
     stride = channels * size
+    into = start % size
     relu = present(y)
     sums = zeros()
     products = zeros()
@@ -330,7 +328,7 @@ def sum_tile(dy, x, y, shape, start, runs, length, center):
                 begin = start + r * stride + offset
                 end = begin + min(piece, length - offset)
                 whole = end - (end - begin) % LANES
-                ahead = next_needed(samples, channels, size, begin)
+                ahead = next_needed(samples, channels, size, begin, into + offset)
                 for i in range(begin, whole, LANES):
                     prefetch(dy, i + ahead)
                     prefetch(x, i + ahead)
@@ -402,9 +400,7 @@ def backward_share(
         )
         for sample in range(samples):
             from_, to = (sample * channels + first) * size, (sample * channels + stop) * size
-            gradient_by_runs(
-                dy, x, y, dx, dresidual, from_, to, size, numbers, wide, safe, past
-            )
+            gradient_by_runs(dy, x, y, dx, dresidual, from_, to, size, numbers, wide, safe, past)
 
 
 def backward(
@@ -431,7 +427,7 @@ def backward(
     past = past_cache(dx, dy, x, outgrows(elements, 3, numbers.itemsize))
     if measure:
         sums = np.empty((channels, tiles_of(samples, size)[3], 2))
-        if present(dx) and enough_channels(channels, threads):
+        if present(dx) and enough_channels(channels, size, threads):
             for thread in prange(threads):
                 backward_share(
                     dy, x, y, mean, invstd, weight, dx, dresidual, sum_dy, sum_dy_xhat, shape,
@@ -444,9 +440,7 @@ def backward(
             add_tiles(sums, c, invstd, sum_dy, sum_dy_xhat)
     if not present(dx):
         return
-    safe = fill_backward(
-        numbers, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, n, 0, channels
-    )
+    safe = fill_backward(numbers, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, n, 0, channels)
     if size < LANES and samples >= CYCLES:
         width = cycle_width(channels * size) + LANES
         table, wide_table = room(x, 4, width), wide
@@ -456,9 +450,7 @@ def backward(
             stretch(wide, size, wide_table)
         for thread in prange(threads):
             begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
-            gradient_by_cycle(
-                dy, x, y, dx, dresidual, begin, end, table, wide_table, safe, past
-            )
+            gradient_by_cycle(dy, x, y, dx, dresidual, begin, end, table, wide_table, safe, past)
         return
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)

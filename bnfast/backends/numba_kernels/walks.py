@@ -16,7 +16,7 @@ What is done to sixteen elements is an operation: ``make`` computes, ``write`` s
 ``count`` of elements, a constant 16 almost everywhere, where the optimiser drops the mask.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from __future__ import annotations
 
@@ -262,9 +262,15 @@ def cycle_width(channels):
 @step
 def repeat(table, period):
     """Fill the rows of a table, `LANES` beyond a cycle, from their first ``period`` entries."""
-    for row in range(table.shape[0]):
-        for at in range(period, table.shape[1]):
-            table[row, at] = table[row, at - period]
+    rows, width = table.shape
+    for row in range(rows):
+        if period < LANES:
+            for at in range(period, width):
+                table[row, at] = table[row, at - period]
+        else:
+            for at in range(row * width + period, (row + 1) * width, LANES):
+                count = min(LANES, (row + 1) * width - at)
+                store_some(table, at, load_some(table, at - period, count), count)
 
 
 @step
