@@ -30,6 +30,7 @@ from bnfast.backends.numba_kernels.addresses import (
     present,
     put,
     room,
+    store,
 )
 from bnfast.backends.numba_kernels.arithmetic import (
     accumulate,
@@ -106,20 +107,23 @@ def enough_channels(channels, size, threads):
 
 
 @inline
-def next_needed(samples, channels, size, at, offset):
+def ahead_of(samples, channels, size):
+    """Return `AHEAD`, in whole runs where these are shorter."""
+    return AHEAD if size >= AHEAD else min(AHEAD // size, samples) * channels * size
+
+
+@inline
+def next_needed(shape, ahead, at, offset):
     """Return how far from an element, ``offset`` into its run, to ask for memory.
 
-    That is about `AHEAD` elements on in the channel, in one of the next runs; after its last run
-    comes the first run of the next channel.
+    That is ``ahead`` elements on in the channel, in one of the next runs; after its last run comes
+    the first run of the next channel.
     """
-    if size < AHEAD:
-        distance = min(AHEAD // size, samples) * channels * size
-    elif offset + AHEAD < size:
-        distance = AHEAD
-    else:
-        distance = AHEAD - size + channels * size
-    beyond = at + distance >= samples * channels * size
-    return distance + size - samples * channels * size if beyond else distance
+    samples, channels, size = shape
+    if size >= AHEAD and offset + ahead >= size:
+        ahead += channels * size - size
+    beyond = at + ahead >= samples * channels * size
+    return ahead + size - samples * channels * size if beyond else ahead
 
 
 @inline
@@ -145,47 +149,18 @@ def total_of(x, start, runs, stride, length):
     return total(sums)
 
 
-@step
-def measure_tile(x, shape, start, runs, length):
-    """Return a first mean of a tile, its error, and m2.
+@inline
+def first_mean(x, start, runs, stride, length):
+    """Return a mean of a tile about which to take its moments.
 
-    The first mean of float64 takes a pass of its own. For float32 the mean of the first elements
-    will do: the deviations are exact in float64, and what one outlier among these can cost (10
-    bits) leaves m2 within `spec.M2_RELATIVE_FLOAT32`.
+    That of float64 takes a pass of its own. For float32 the mean of the first elements will do: the
+    deviations are exact in float64, and what one outlier among these can cost (10 bits) leaves m2
+    within `spec.M2_RELATIVE_FLOAT32`.
     """
-    samples, channels, size = shape
-    stride = channels * size
-    into = start % size
     if is_double(x):
-        first = total_of(x, start, runs, stride, length) / (runs * length)
-    else:
-        some = min(length, LANES)
-        first = total(cast(load_some(x, start, some), 0.0)) / some
-    deviations = zeros()
-    squares = zeros()
-    group, piece = chain_of(length)
-    for run in range(0, runs, group):
-        for offset in range(0, length, piece):
-            some_deviations = zeros()
-            some_squares = zeros()
-            for r in range(run, min(run + group, runs)):
-                begin = start + r * stride + offset
-                end = begin + min(piece, length - offset)
-                whole = end - (end - begin) % LANES
-                ahead = next_needed(samples, channels, size, begin, into + offset)
-                for i in range(begin, whole, LANES):
-                    prefetch(x, i + ahead)
-                    d = load_wide(x, i) - first
-                    some_deviations = some_deviations + d
-                    some_squares = muladd(d, d, some_squares)
-                if whole < end:
-                    d = cast(load_some(x, whole, end - whole), deviations) - first
-                    d = first_lanes(end - whole, d, 0.0)
-                    some_deviations = some_deviations + d
-                    some_squares = muladd(d, d, some_squares)
-            deviations = deviations + some_deviations
-            squares = squares + some_squares
-    return corrected(first, total(deviations), total(squares), float(runs * length))
+        return total_of(x, start, runs, stride, length) / (runs * length)
+    some = min(length, LANES)
+    return total(cast(load_some(x, start, some), 0.0)) / some
 
 
 @inline
@@ -199,21 +174,99 @@ def tile_at(shape, c, tile):
 
 
 @inline
-def measure_at(x, shape, c, tile, moments):
-    """Measure a tile of a channel."""
-    start, runs, length = tile_at(shape, c, tile)
-    mean, low, m2 = measure_tile(x, shape, start, runs, length)
-    moments[c, tile, 0], moments[c, tile, 1] = mean, low
-    moments[c, tile, 2], moments[c, tile, 3] = m2, runs * length
+def measure_piece(x, shape, start, offset, runs, length, far, center):
+    """Return the sums of deviations and of their squares over pieces of runs."""
+    stride = shape[1] * shape[2]
+    deviations = zeros()
+    squares = zeros()
+    for first in range(start, start + runs * stride, stride):
+        stop = first + length
+        whole = stop - length % LANES
+        ahead = next_needed(shape, far, first, offset)
+        for i in range(first, whole, LANES):
+            prefetch(x, i + ahead)
+            d = load_wide(x, i) - center
+            deviations = deviations + d
+            squares = muladd(d, d, squares)
+        if whole < stop:
+            d = cast(load_some(x, whole, stop - whole), squares) - center
+            d = first_lanes(stop - whole, d, 0.0)
+            deviations = deviations + d
+            squares = muladd(d, d, squares)
+    return deviations, squares
+
+
+@step
+def measure_tiles(x, shape, tile, begin, end, moments, scratch):
+    """Measure one tile of each of some adjacent channels: a first mean, its error, m2, count."""
+    samples, channels, size = shape
+    start, runs, length = tile_at(shape, begin, tile)
+    stride, into, far = channels * size, start % size, ahead_of(samples, channels, size)
+    for c in range(begin, end):
+        at = start + (c - begin) * size
+        moments[c, tile, 0] = first_mean(x, at, runs, stride, length)
+    scratch[:] = 0.0
+    group, piece = chain_of(length)
+    for run in range(0, runs, group):
+        some = min(group, runs - run)
+        for c in range(begin, end):
+            deviations, squares = zeros(), zeros()
+            at = start + run * stride + (c - begin) * size
+            for i in range(0, length, piece):
+                count = min(piece, length - i)
+                center = moments[c, tile, 0]
+                sums = measure_piece(x, shape, at + i, into + i, some, count, far, center)
+                deviations, squares = deviations + sums[0], squares + sums[1]
+            add_to(scratch, c - begin, deviations, squares)
+    for c in range(begin, end):
+        deviation, square = totals_of(scratch, c - begin)
+        count = float(runs * length)
+        _, low, m2 = corrected(moments[c, tile, 0], deviation, square, count)
+        moments[c, tile, 1], moments[c, tile, 2], moments[c, tile, 3] = low, m2, count
+
+
+@inline
+def add_to(scratch, index, one, other):
+    """Add to the two rows of lanes of a channel."""
+    at = index * 2 * LANES
+    store(scratch, at, load(scratch, at) + one)
+    store(scratch, at + LANES, load(scratch, at + LANES) + other)
+
+
+@inline
+def totals_of(scratch, index):
+    """Return the sums over the two rows of lanes of a channel."""
+    at = index * 2 * LANES
+    return total(load(scratch, at)), total(load(scratch, at + LANES))
+
+
+@inline
+def scratch_of(shape):
+    """Return room for the sums of as many channels as are measured side by side."""
+    return np.empty((side_by_side(shape), 2 * LANES))
+
+
+@inline
+def side_by_side(shape):
+    """Return how many channels of a tile are measured at a time: where runs are short, many.
+
+    Channel by channel, runs of 49 elements would be read from places that are far apart.
+    """
+    return max(1, ADJACENT // shape[2])
 
 
 @step
 def measure_share(x, shape, moments, thread, threads):
     """Measure a thread's share of the tiles of all channels."""
-    tiles = moments.shape[1]
-    units = moments.shape[0] * tiles
-    for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-        measure_at(x, shape, unit // tiles, unit % tiles, moments)
+    channels, tiles, _ = moments.shape
+    scratch = scratch_of(shape)
+    units = channels * tiles
+    unit, last = share(units, thread, threads), share(units, thread + 1, threads)
+    while unit < last:
+        tile, c = unit // channels, unit % channels
+        stop = min(c + side_by_side(shape), channels, c + last - unit)
+        measure_tiles(x, shape, tile, c, stop, moments, scratch)
+        unit += stop - c
 
 
 @step
@@ -241,11 +294,14 @@ def train_share(
     samples, channels, size = shape
     begin, end = share(channels, thread, threads), share(channels, thread + 1, threads)
     group = group_of(samples, size, numbers.itemsize, 1)
+    scratch = scratch_of(shape)
     for first in range(begin, end, group):
         stop = min(first + group, end)
-        for c in range(first, stop):
+        for c in range(first, stop, side_by_side(shape)):
             for tile in range(moments.shape[1]):
-                measure_at(x, shape, c, tile, moments)
+                end_ = min(c + side_by_side(shape), stop)
+                measure_tiles(x, shape, tile, c, end_, moments, scratch)
+        for c in range(first, stop):
             merge_tiles(moments, c, mean, m2)
         n = float(samples * size)
         safe = fill_forward(numbers, wide, mean, m2, n, weight, bias, eps, first, stop)
@@ -310,62 +366,71 @@ def forward(
         normalize_by_runs(x, residual, y, begin, end, size, numbers, wide, safe, relu, past)
 
 
-@step
-def sum_tile(dy, x, y, shape, start, runs, length, center):
-    """Return the sums of g and of g * (x - mean) over a tile."""
-    samples, channels, size = shape
-    stride = channels * size
-    into = start % size
+@inline
+def sum_piece(dy, x, y, shape, start, offset, runs, length, far, center):
+    """Return the sums of g and of g * (x - mean) over pieces of runs."""
+    stride = shape[1] * shape[2]
     relu = present(y)
-    sums = zeros()
+    plain = zeros()
     products = zeros()
+    for first in range(start, start + runs * stride, stride):
+        stop = first + length
+        whole = stop - length % LANES
+        ahead = next_needed(shape, far, first, offset)
+        for i in range(first, whole, LANES):
+            prefetch(dy, i + ahead)
+            prefetch(x, i + ahead)
+            g = load_wide(dy, i)
+            if relu:
+                g = where_positive(load(y, i), g)
+            plain = plain + g
+            products = muladd(g, load_wide(x, i) - center, products)
+        if whole < stop:
+            count = stop - whole
+            g = cast(load_some(dy, whole, count), plain)
+            if relu:
+                g = where_positive(load_some(y, whole, count), g)
+            plain = plain + g
+            d = cast(load_some(x, whole, count), plain) - center
+            products = muladd(g, first_lanes(count, d, 0.0), products)
+    return plain, products
+
+
+@step
+def sum_tiles(dy, x, y, shape, tile, begin, end, mean, sums, scratch):
+    """Sum g and g * (x - mean) over one tile of each of some adjacent channels."""
+    samples, channels, size = shape
+    start, runs, length = tile_at(shape, begin, tile)
+    stride, into, far = channels * size, start % size, ahead_of(samples, channels, size)
+    scratch[:] = 0.0
     group, piece = chain_of(length)
     for run in range(0, runs, group):
-        for offset in range(0, length, piece):
-            some_sums = zeros()
-            some_products = zeros()
-            for r in range(run, min(run + group, runs)):
-                begin = start + r * stride + offset
-                end = begin + min(piece, length - offset)
-                whole = end - (end - begin) % LANES
-                ahead = next_needed(samples, channels, size, begin, into + offset)
-                for i in range(begin, whole, LANES):
-                    prefetch(dy, i + ahead)
-                    prefetch(x, i + ahead)
-                    g = load_wide(dy, i)
-                    if relu:
-                        g = where_positive(load(y, i), g)
-                    some_sums = some_sums + g
-                    some_products = muladd(g, load_wide(x, i) - center, some_products)
-                if whole < end:
-                    count = end - whole
-                    g = cast(load_some(dy, whole, count), sums)
-                    if relu:
-                        g = where_positive(load_some(y, whole, count), g)
-                    some_sums = some_sums + g
-                    d = first_lanes(count, cast(load_some(x, whole, count), sums) - center, 0.0)
-                    some_products = muladd(g, d, some_products)
-            sums = sums + some_sums
-            products = products + some_products
-    return total(sums), total(products)
-
-
-@inline
-def sum_at(dy, x, y, shape, c, tile, mean, sums):
-    """Take the sums over a tile of a channel."""
-    start, runs, length = tile_at(shape, c, tile)
-    sums[c, tile, 0], sums[c, tile, 1] = sum_tile(
-        dy, x, y, shape, start, runs, length, get(mean, c)
-    )
+        some = min(group, runs - run)
+        for c in range(begin, end):
+            plain, products = zeros(), zeros()
+            at = start + run * stride + (c - begin) * size
+            for i in range(0, length, piece):
+                count = min(piece, length - i)
+                center = get(mean, c)
+                own = sum_piece(dy, x, y, shape, at + i, into + i, some, count, far, center)
+                plain, products = plain + own[0], products + own[1]
+            add_to(scratch, c - begin, plain, products)
+    for c in range(begin, end):
+        sums[c, tile, 0], sums[c, tile, 1] = totals_of(scratch, c - begin)
 
 
 @step
 def sum_share(dy, x, y, shape, mean, sums, thread, threads):
     """Take a thread's share of the sums over tiles of all channels."""
-    tiles = sums.shape[1]
-    units = sums.shape[0] * tiles
-    for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-        sum_at(dy, x, y, shape, unit // tiles, unit % tiles, mean, sums)
+    channels, tiles, _ = sums.shape
+    scratch = scratch_of(shape)
+    units = channels * tiles
+    unit, last = share(units, thread, threads), share(units, thread + 1, threads)
+    while unit < last:
+        tile, c = unit // channels, unit % channels
+        stop = min(c + side_by_side(shape), channels, c + last - unit)
+        sum_tiles(dy, x, y, shape, tile, c, stop, mean, sums, scratch)
+        unit += stop - c
 
 
 @step
@@ -388,12 +453,15 @@ def backward_share(
     samples, channels, size = shape
     begin, end = share(channels, thread, threads), share(channels, thread + 1, threads)
     group = group_of(samples, size, numbers.itemsize, 2)
+    scratch = scratch_of(shape)
     n = float(samples * size)
     for first in range(begin, end, group):
         stop = min(first + group, end)
-        for c in range(first, stop):
+        for c in range(first, stop, side_by_side(shape)):
             for tile in range(sums.shape[1]):
-                sum_at(dy, x, y, shape, c, tile, mean, sums)
+                end_ = min(c + side_by_side(shape), stop)
+                sum_tiles(dy, x, y, shape, tile, c, end_, mean, sums, scratch)
+        for c in range(first, stop):
             add_tiles(sums, c, invstd, sum_dy, sum_dy_xhat)
         safe = fill_backward(
             numbers, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, n, first, stop
