@@ -74,8 +74,8 @@ AHEAD = 2048
 """Elements by which memory is asked for ahead, into the L2 cache."""
 
 ADJACENT = 2048
-"""Elements, at least, that the fused kernels write one after the other: with runs of 49 elements,
-they took half as long again when they went channel by channel."""
+"""Elements, at least, that are read or written one after the other: where runs are short, those of
+several channels. With runs of 49 elements that took a third off the time of training."""
 
 CACHED = 524288
 """Bytes of a group of channels, at most."""
@@ -102,7 +102,11 @@ def group_of(samples, size, itemsize, arrays):
 
 @inline
 def enough_channels(channels, size, threads):
-    """Return whether threads that take whole channels finish at about the same time."""
+    """Return whether threads should take whole channels.
+
+    Where they finish at about the same time, and runs are not short: of 7x7 planes that fit the
+    cache, the second pass in the order of memory takes two thirds of the time in training.
+    """
     return size >= 128 and (channels % threads == 0 or channels >= 8 * threads)
 
 
