@@ -1,8 +1,8 @@
 """The Numba backend: kernels compiled on the user's machine, for its CPU, at first use.
 
 This module is the front: it picks the kernel for the form and dtype of an array and for the number
-of threads, and stands x in for an absent array (a second signature would be compiled for None).
-The loops are in `bnfast.backends.numba_kernels`.
+of threads. What a kernel is to compute, it sees from which arrays are None. The loops are in
+`bnfast.backends.numba_kernels`.
 
 Threads
     With one thread the serial build of a kernel runs, which never enters Numba's threading layer.
@@ -25,7 +25,7 @@ import numpy as np
 from llvmlite import binding
 
 from bnfast.backends.host_arrays import accepts, empty, view
-from bnfast.backends.numba_kernels import columns, compiling, rows
+from bnfast.backends.numba_kernels import columns, compiling, rows, team
 from bnfast.spec import Channels, Floats
 
 __all__ = [
@@ -46,6 +46,7 @@ _FORMS: dict[int, ModuleType] = {3: rows, 2: columns}
 _FLOAT64 = np.dtype(np.float64)
 _serial_only = False
 _numba: Any = numba  # which does not declare its public names to type checkers
+_most_threads: int = _numba.config.NUMBA_NUM_THREADS
 
 
 def unavailable() -> str | None:
@@ -71,9 +72,8 @@ def moments(x: Floats, *, mean: Channels, m2: Channels, num_threads: int) -> Non
     if x.size == 0:
         mean[:] = m2[:] = 0.0
         return
-    unused = _unused(x.ndim, x.dtype)
-    given = (mean, mean, mean, mean, 0.0, x)
-    _run("forward", num_threads, x, *given, unused, mean, m2, True, False, False, False)
+    given = (x, None, None, None, None, 0.0, None)
+    _run("forward", num_threads, x, (*given, None, mean, m2, False))
 
 
 def normalize(
@@ -92,10 +92,8 @@ def normalize(
     """See `bnfast.spec.Kernels.normalize`."""
     if x.size == 0:
         return
-    unused = _unused(1, _FLOAT64)
-    add = residual is not None
-    given = (weight, bias, mean, var, eps, residual if add else x)
-    _run("forward", num_threads, x, *given, y, unused, unused, False, True, add, relu)
+    given = (x, mean, var, weight, bias, eps, residual)
+    _run("forward", num_threads, x, (*given, y, None, None, relu))
 
 
 def train(
@@ -115,9 +113,8 @@ def train(
     if x.size == 0:
         mean[:] = m2[:] = 0.0
         return
-    add = residual is not None
-    given = (weight, bias, weight, weight, eps, residual if add else x)
-    _run("forward", num_threads, x, *given, y, mean, m2, True, True, add, relu)
+    given = (x, None, None, weight, bias, eps, residual)
+    _run("forward", num_threads, x, (*given, y, mean, m2, relu))
 
 
 def backward_sums(
@@ -136,10 +133,8 @@ def backward_sums(
     if x.size == 0:
         sum_dy[:] = sum_dy_xhat[:] = 0.0
         return
-    unused = _unused(x.ndim, x.dtype)
-    given = (dy, x if y is None else y, mean, invstd, mean, mean, mean, 1)
-    made = (unused, unused, sum_dy, sum_dy_xhat)
-    _run("backward", num_threads, x, *given, *made, True, False, relu, False)
+    given = (dy, x, y if relu else None, mean, invstd, None)
+    _run("backward", num_threads, x, (*given, sum_dy, sum_dy_xhat, True, 1.0, None, None))
 
 
 def backward_input(
@@ -161,11 +156,8 @@ def backward_input(
     """See `bnfast.spec.Kernels.backward_input`."""
     if x.size == 0:
         return
-    unused = _unused(1, _FLOAT64)
-    both = dresidual is not None
-    given = (dy, x if y is None else y, mean, invstd, weight, sum_dy, sum_dy_xhat, count)
-    made = (dx, dresidual if both else dx, unused, unused)
-    _run("backward", num_threads, x, *given, *made, False, True, relu, both)
+    given = (dy, x, y if relu else None, mean, invstd, weight)
+    _run("backward", num_threads, x, (*given, sum_dy, sum_dy_xhat, False, count, dx, dresidual))
 
 
 def backward(
@@ -187,40 +179,35 @@ def backward(
     if x.size == 0:
         sum_dy[:] = sum_dy_xhat[:] = 0.0
         return
-    both = dresidual is not None
+    given = (dy, x, y if relu else None, mean, invstd, weight)
     count = x.size // x.shape[1]
-    given = (dy, x if y is None else y, mean, invstd, weight, mean, mean, count)
-    made = (dx, dresidual if both else dx, sum_dy, sum_dy_xhat)
-    _run("backward", num_threads, x, *given, *made, True, True, relu, both)
+    _run("backward", num_threads, x, (*given, sum_dy, sum_dy_xhat, True, count, dx, dresidual))
 
 
-def _run(name: str, num_threads: int, x: Floats, *arguments: Any) -> None:
+def _run(name: str, num_threads: int, x: Floats, arguments: tuple[Any, ...]) -> None:
     """Call the build of a kernel that fits ``x`` and the number of threads."""
-    threads = min(num_threads, _numba.config.NUMBA_NUM_THREADS)
-    if threads == 1 or _serial_only:
-        _kernel(name, x.ndim, x.dtype, False)(x, *arguments, 1)
+    if num_threads == 1 or _serial_only or _most_threads == 1:
+        _kernel(name, x.ndim, x.dtype, False)(*arguments, x, 1)
         return
+    threads = min(num_threads, _most_threads)
     kernel = _kernel(name, x.ndim, x.dtype, True)
-    before = _numba.get_num_threads()
-    if before == threads:
-        kernel(x, *arguments, threads)
-        return
-    _numba.set_num_threads(threads)
+    before = _exchange()(threads)
     try:
-        kernel(x, *arguments, threads)
+        kernel(*arguments, x, threads)
     finally:
-        _numba.set_num_threads(before)
-
-
-@functools.cache
-def _unused(ndim: int, dtype: np.dtype[Any]) -> Floats:
-    """Return what stands in for an array that a kernel is not asked to write."""
-    return np.empty((0,) * ndim, dtype)
+        if before != threads:
+            _exchange()(before)
 
 
 @functools.cache
 def _kernel(name: str, ndim: int, dtype: np.dtype[Any], parallel: bool) -> compiling.Kernel:
-    return compiling.build(getattr(_FORMS[ndim], name), ndim, dtype, parallel=parallel)
+    return compiling.build(getattr(_FORMS[ndim], name), dtype, parallel=parallel)
+
+
+@functools.cache
+def _exchange() -> compiling.Kernel:
+    _numba.get_num_threads()  # starts the threads
+    return compiling.build(team.exchange, _FLOAT64, parallel=False)
 
 
 def _after_fork_in_child() -> None:

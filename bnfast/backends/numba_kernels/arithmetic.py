@@ -1,15 +1,13 @@
-"""The arithmetic that rows and columns share.
-
-Most steps take numbers or `lanes.Lanes` alike: the operators mean the same for both.
+"""The arithmetic that rows and columns share. Most of it takes numbers or `lanes.Lanes` alike.
 
 Moments
-    Of each block: the mean, how far it is off (the mean of the deviations from it), and m2 about
-    the true mean. Blocks are merged by Chan's formula (Chan, Golub and LeVeque 1979). The running
-    mean and m2 are each kept in two parts, value and rounding error, since a plain sum over the
-    10,000 blocks of 1e7 equal elements drifts by 2,500 units of 2^-53.
-Tables
-    The numbers by which each channel is transformed, computed once per call: ``table`` in the dtype
-    of x, ``wide`` in float64. The last row of ``table``, safe, is 0 for a channel whose numbers
+    Of each part of a channel: a first mean, how far it is off (the mean of the deviations from
+    it), and m2 about the true mean. Parts are merged by Chan's formula (Chan, Golub and LeVeque
+    1979). The running mean and m2 are each kept in two parts, value and rounding error, since a
+    plain sum over the 10,000 parts of 1e7 equal elements drifts by 2,500 units of 2^-53.
+Numbers
+    What each channel is transformed by, four numbers, computed once per call: ``numbers`` in the
+    dtype of x, ``wide`` in float64. Row `MISFIT` of ``wide`` is not 0 for a channel whose numbers
     float32 cannot hold well: its elements are computed from ``wide`` and rounded once.
 """
 
@@ -17,19 +15,27 @@ Tables
 
 from __future__ import annotations
 
-import numpy as np
-
+from bnfast.backends.numba_kernels.addresses import load_some, store_some
 from bnfast.backends.numba_kernels.compiling import inline
 from bnfast.backends.numba_kernels.lanes import (
+    LANES,
     cast,
+    difference,
+    first_lanes,
+    misfit,
     muladd,
-    put,
     rectify,
-    unless_zero,
+    square_root,
+    total,
+    where_nonzero,
+    zeros,
 )
 
 LARGEST = 2.0**100
 SMALLEST = 2.0**-100
+"""Between these, float32 products with a factor neither overflow nor lose bits below 2^-126."""
+
+MISFIT = 4
 
 
 @inline
@@ -39,11 +45,10 @@ def share(units, thread, threads):
 
 
 @inline
-def put_all(into, index, values):
-    """Store numbers from a flat index on."""
-    for value in values:
-        put(into, index, value)
-        index += 1
+def corrected(first, deviation, squares, count):
+    """Return first mean, its error, and m2, from the sums of deviations and of their squares."""
+    low = deviation / count
+    return first, low, rectify(squares - deviation * low)
 
 
 @inline
@@ -72,61 +77,70 @@ def accumulate(value, low, term):
 
 
 @inline
-def settle(value, low):
-    """Return value + low; ``low`` means nothing where the value overflowed or met an inf."""
-    return value + low if np.isfinite(low) else value
+def fill_forward(numbers, wide, mean, var, divisor, weight, bias, eps, begin, end):
+    """Find how the channels from ``begin`` to ``end`` are normalised, with var / divisor.
 
-
-@inline
-def moderate(factor):
-    """Return whether float32 products with a factor neither overflow nor lose bits below 2^-126."""
-    return factor == 0 or SMALLEST <= abs(factor) <= LARGEST
-
-
-@inline
-def fill_forward(table, wide, c, mean, var, weight, bias, eps):
-    """Fill column c of the tables: how a channel is normalised.
-
-    ``table`` gets head, scale, shift and safe, in the dtype of x; ``wide`` mean, scale and bias.
-    Where head is the mean rounded to that dtype,
-    (x - mean) scale + bias = (x - head) scale + (bias - (mean - head) scale).
+    ``numbers`` gets head, scale, shift; ``wide`` mean, scale, bias. Where head is the mean rounded
+    to the dtype of x, (x - mean) scale + bias = (x - head) scale + (bias - (mean - head) scale).
+    Returns whether every channel is safe.
     """
-    scale = weight[c] / np.sqrt(var + eps)
-    head = cast(mean, table)
-    table[0, c] = head
-    table[1, c] = scale
-    table[2, c] = bias[c] if mean == head else bias[c] - (mean - head) * scale
-    table[3, c] = table.itemsize == 8 or (
-        moderate(scale) and abs(mean) <= LARGEST and abs(bias[c]) <= LARGEST
-    )
-    wide[0, c] = mean
-    wide[1, c] = scale
-    wide[2, c] = bias[c]
+    channels = numbers.shape[1]
+    misfits = zeros()
+    for c in range(begin, end, LANES):
+        count = min(end - c, LANES)
+        center = load_some(mean, c, count)
+        spread = first_lanes(count, load_some(var, c, count) / divisor + eps, 1.0)
+        scale = load_some(weight, c, count) / square_root(spread)
+        offset = load_some(bias, c, count)
+        head = cast(cast(center, numbers), center)
+        tail = difference(center, head)
+        store_some(numbers, c, center, count)
+        store_some(numbers, channels + c, scale, count)
+        shift = where_nonzero(tail, offset - tail * scale, offset)
+        store_some(numbers, 2 * channels + c, shift, count)
+        store_some(wide, c, center, count)
+        store_some(wide, channels + c, scale, count)
+        store_some(wide, 2 * channels + c, offset, count)
+        bad = misfit(where_nonzero(scale, scale, 1.0), SMALLEST, LARGEST)
+        bad = bad + misfit(center, 0.0, LARGEST) + misfit(offset, 0.0, LARGEST)
+        store_some(wide, MISFIT * channels + c, bad, count)
+        misfits = misfits + bad
+    return numbers.itemsize == 8 or total(misfits) == 0.0
 
 
 @inline
-def fill_backward(table, wide, c, mean, invstd, weight, means):
-    """Fill column c of the tables: how the gradient of a channel is made.
+def fill_backward(numbers, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, n, begin, end):
+    """Find how the gradients of the channels from ``begin`` to ``end`` are made, from sums over n.
 
-    ``table`` gets head, slope, offset, factor and safe; ``wide`` mean and the next three:
-    dx = factor g + ((x - mean) slope + offset). ``means`` are the two sums divided by the count.
+    ``numbers`` gets head, slope, offset, factor; ``wide`` mean and the next three:
+    dx = factor g + ((x - mean) slope + offset). Returns whether every channel is safe.
     """
-    factor = weight[c] * invstd[c]
-    slope = -factor * (invstd[c] * means[1])
-    offset = -factor * means[0]
-    head = cast(mean[c], table)
-    table[0, c] = head
-    table[1, c] = slope
-    exact = mean[c] == head or slope == 0
-    table[2, c] = offset if exact else offset - (mean[c] - head) * slope
-    table[3, c] = factor
-    table[4, c] = table.itemsize == 8 or (
-        moderate(slope) and moderate(factor) and abs(mean[c]) <= LARGEST and abs(offset) <= LARGEST
-    )
-    wide[0, c] = mean[c]
-    wide[1, c] = slope
-    wide[2, c] = offset
-    wide[3, c] = factor
+    channels = numbers.shape[1]
+    misfits = zeros()
+    for c in range(begin, end, LANES):
+        count = min(end - c, LANES)
+        center = load_some(mean, c, count)
+        inverse = load_some(invstd, c, count)
+        factor = load_some(weight, c, count) * inverse
+        slope = 0.0 - factor * (inverse * (load_some(sum_dy_xhat, c, count) / n))
+        offset = 0.0 - factor * (load_some(sum_dy, c, count) / n)
+        head = cast(cast(center, numbers), center)
+        tail = where_nonzero(slope, difference(center, head), 0.0)
+        store_some(numbers, c, center, count)
+        store_some(numbers, channels + c, slope, count)
+        shift = where_nonzero(tail, offset - tail * slope, offset)
+        store_some(numbers, 2 * channels + c, shift, count)
+        store_some(numbers, 3 * channels + c, factor, count)
+        store_some(wide, c, center, count)
+        store_some(wide, channels + c, slope, count)
+        store_some(wide, 2 * channels + c, offset, count)
+        store_some(wide, 3 * channels + c, factor, count)
+        bad = misfit(where_nonzero(slope, slope, 1.0), SMALLEST, LARGEST)
+        bad = bad + misfit(where_nonzero(factor, factor, 1.0), SMALLEST, LARGEST)
+        bad = bad + misfit(center, 0.0, LARGEST) + misfit(offset, 0.0, LARGEST)
+        store_some(wide, MISFIT * channels + c, bad, count)
+        misfits = misfits + bad
+    return numbers.itemsize == 8 or total(misfits) == 0.0
 
 
 @inline
@@ -144,5 +158,5 @@ def gradient(g, x, head, slope, offset, factor):
 
     Where slope is 0, as in eval mode, x and head do not matter, not even if they are infinite.
     """
-    common = muladd(unless_zero(slope, cast(x, head) - head), slope, offset)
-    return cast(muladd(cast(g, head), factor, common), x)
+    d = where_nonzero(slope, cast(x, head) - head, 0.0)
+    return cast(muladd(cast(g, head), factor, muladd(d, slope, offset)), x)

@@ -4,6 +4,8 @@ Every kernel is compiled for one explicit signature, taken from its annotations.
 Numba would compile anew, within the user's call, for a read-only array or for None.
 """
 
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import functools
@@ -18,17 +20,16 @@ import numpy as np
 from numba import njit, types
 from numpy.typing import NDArray
 
-Read: TypeAlias = NDArray[Any]
-"""Parameter: an array in one of the two forms, read only."""
+from bnfast.backends.numba_kernels.addresses import Address, Dimensions
 
-Write: TypeAlias = NDArray[Any]
-"""Parameter: an array in one of the two forms, written."""
+Array: TypeAlias = "NDArray[Any] | None"
+"""Parameter: an array in one of the two forms, or None; the kernel gets its `Address`."""
 
-ReadVector: TypeAlias = NDArray[np.float64]
-"""Parameter: one number per channel, read only."""
+Vector: TypeAlias = "NDArray[np.float64] | None"
+"""Parameter: one number per channel, or None; the kernel gets its `Address`."""
 
-WriteVector: TypeAlias = NDArray[np.float64]
-"""Parameter: one number per channel, written."""
+Shape: TypeAlias = NDArray[Any]
+"""Parameter: an array; the kernel gets the address of its dimensions."""
 
 Kernel: TypeAlias = Callable[..., Any]
 
@@ -41,24 +42,23 @@ step: Any = njit(**_internal)
 """A larger step, for the optimiser to inline or not."""
 
 
-def build(function: FunctionType, ndim: int, dtype: np.dtype[Any], *, parallel: bool) -> Kernel:
-    """Compile ``function`` for arrays of ``ndim`` dimensions of ``dtype``, or load it from disk.
+def build(function: Callable[..., Any], dtype: np.dtype[Any], *, parallel: bool) -> Kernel:
+    """Compile ``function`` for arrays of ``dtype``, or load it from disk.
 
-    The arrays may be read-only where the annotation says `Read` or `ReadVector`. The compiled
-    function gives up the GIL.
+    What is returned skips Numba's dispatcher, which would ask every argument for its type. It takes
+    positional arguments, does not check them, and gives up the GIL.
     """
-    element = numba.from_dtype(dtype)
-    kinds = {
-        "Read": types.Array(element, ndim, "C", readonly=True),
-        "Write": types.Array(element, ndim, "C"),
-        "ReadVector": types.Array(types.float64, 1, "C", readonly=True),
-        "WriteVector": types.Array(types.float64, 1, "C"),
+    kinds: dict[str, Any] = {
+        "Array": Address(numba.from_dtype(dtype)),
+        "Vector": Address(types.float64),
+        "Shape": Dimensions(),
         "float": types.float64,
         "int": types.intp,
         "bool": types.boolean,
     }
-    annotations = function.__annotations__.items()
-    parameters = [kinds[kind] for name, kind in annotations if name != "return"]
+    *parameters, result = function.__annotations__.values()
+    returned = types.void if result == "None" else kinds[result]
+    signature = returned(*[kinds[kind] for kind in parameters])
     # Numba's cache knows when the file of a kernel changes, but not the files of its steps. It
     # keeps one entry per name, so the name carries a digest of them all.
     kernel = FunctionType(function.__code__, function.__globals__, function.__name__)
@@ -67,19 +67,21 @@ def build(function: FunctionType, ndim: int, dtype: np.dtype[Any], *, parallel: 
     kernel.__qualname__ = f"{function.__name__}-{variant}-{_digest()}"
     compile_ = functools.partial(
         njit,
-        tuple(parameters),
+        signature,
         error_model="numpy",
         nogil=True,
         no_cfunc_wrapper=True,
         parallel=parallel,
     )
+    compiled: Any
     try:
-        compiled: Kernel = compile_(cache=True)(kernel)
+        compiled = compile_(cache=True)(kernel)
     except Exception:
         # No directory for the cache can be written, the disk is full, or a file is damaged, which
         # can raise anything. An error of the kernel itself is raised again here.
         compiled = compile_(cache=False)(kernel)
-    return compiled
+    entry: Kernel = compiled.overloads[signature.args].entry_point
+    return entry
 
 
 @functools.cache

@@ -10,25 +10,19 @@ says, not by what an optimiser may or may not do with it, and so
 LLVM splits sixteen lanes into whatever registers the CPU has. Sixteen float64 are four AVX2
 registers: as many independent chains of additions as hide the latency of one.
 
-Arrays are addressed by flat index; a step that is called often takes their addresses, since an
-array goes to a function as a dozen numbers. Functions with ``_last`` in their name handle the last
-``count < 16`` elements before ``stop``: they fill the last lanes, and the other lanes are zero.
+`addresses` has the ways between lanes and memory. Here::
 
-    data(x)                          the address of x, which serves as x below
-    load(x, i)                       x[i : i+16]
-    load_last(x, stop, count)        the same for x[stop-count : stop]
-    prefetch(x, i)                   asks for the cache line of x[i], whether or not it exists
-    store(y, i, v)                   y[i : i+16] = v, rounded to the dtype of y
-    store_last(y, stop, v, count)    y[stop-count : stop] = the last lanes of v
-    get(x, i), put(y, i, v)          one element
-    cast(v, like)                    v in the dtype of ``like``, a number, lanes or an array
+    cast(v, like)                    v in the dtype of ``like``: a number, lanes or an address
     + - * /                          lane by lane; a number stands for sixteen of it
     muladd(a, b, c)                  a * b + c: one rounding where the CPU has FMA, else two
+    square_root(v)
+    difference(a, b)                 a - b, and 0 where they are equal, infinities too
     where_positive(t, v)             v where t > 0, else 0
     where_nonzero(t, v, w)           v where t != 0, else w
-    unless_zero(t, v)                v where t != 0, else 0
     rectify(v)                       0 where v < 0, else v: NaN passes
-    last_lanes(v, count)             v with zero in all but the last ``count`` lanes
+    settle(v, low)                   v + low where low is finite, else v
+    misfit(v, least, most)           1 where least <= abs(v) <= most does not hold, else 0
+    first_lanes(count, v, w)         v in the first ``count`` lanes, w in the others
     total(v)                         the sum over the lanes, pairwise
 """
 
@@ -51,8 +45,8 @@ LANES = 16
 intrinsic: Any = numba.extending.intrinsic
 """Its declared type is that of the Python function, which has one parameter more than the calls."""
 
-_I32 = ir.IntType(32)
-_I64 = ir.IntType(64)
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
 
 
 class Lanes(types.Type):
@@ -70,6 +64,43 @@ class _LanesModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, ir.VectorType(element, LANES))
 
 
+def call_llvm(builder, name, result, arguments):
+    """Call an intrinsic function of LLVM."""
+    kinds = [argument.type for argument in arguments]
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, kinds), name)
+    return builder.call(function, arguments)
+
+
+def suffix(kind):
+    """Return how LLVM's intrinsic functions spell a type of floats."""
+    if isinstance(kind, ir.VectorType):
+        return f"v{kind.count}{suffix(kind.element)}"
+    return "f64" if kind == ir.DoubleType() else "f32"
+
+
+def spread(builder, value):
+    """Return lanes that all hold ``value``."""
+    vector = ir.VectorType(value.type, LANES)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
+    zeros = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+
+
+def first_of(builder, count):
+    """Return the mask of the first ``count`` lanes."""
+    numbers = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+    return builder.icmp_signed("<", numbers, spread(builder, builder.trunc(count, I32)))
+
+
+def convert(context, builder, value, source, target):
+    """Round or widen lanes, or a number, to the dtype of ``target``, of the same shape."""
+    old, new = (getattr(kind, "dtype", kind) for kind in (source, target))
+    if old == new:
+        return value
+    change = builder.fpext if new.bitwidth > old.bitwidth else builder.fptrunc
+    return change(value, context.get_value_type(target))
+
+
 def _operands(context, builder, args, kinds, result):
     """Return LLVM values of type ``result``, with numbers spread over the lanes."""
     values = []
@@ -77,15 +108,8 @@ def _operands(context, builder, args, kinds, result):
         if isinstance(kind, Lanes) or not isinstance(result, Lanes):
             values.append(value)
         else:
-            values.append(_spread(builder, context.cast(builder, value, kind, result.dtype)))
+            values.append(spread(builder, context.cast(builder, value, kind, result.dtype)))
     return values
-
-
-def _spread(builder, value):
-    vector = ir.VectorType(value.type, LANES)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
-    zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
 
 
 def _common(*kinds):
@@ -115,159 +139,80 @@ _define_operator(operator.mul, "fmul")
 _define_operator(operator.truediv, "fdiv")
 
 
-@intrinsic
-def data(typingctx, x):
-    """Return the address of the first element."""
+def _define(emit, number):
+    """Return an intrinsic of lanes and numbers, all lanes if any is: ``emit(builder, *values)``."""
 
-    def codegen(context, builder, sig, args):
-        return context.make_array(sig.args[0])(context, builder, args[0]).data
+    def typed(kinds):
+        result = _common(*kinds) or kinds[-1]
 
-    return types.CPointer(x.dtype)(x), codegen
+        def codegen(context, builder, sig, args):
+            return emit(builder, *_operands(context, builder, args, kinds, result))
 
+        return result(*kinds), codegen
 
-def _address(context, builder, kind, value, index):
-    """Return the address of an element of an array, or of what `data` made of one."""
-    if isinstance(kind, types.Array):
-        value = context.make_array(kind)(context, builder, value).data
-    return builder.gep(value, [index])
+    def one(typingctx, a):
+        return typed((a,))
 
+    def two(typingctx, a, b):
+        return typed((a, b))
 
-@intrinsic
-def load(typingctx, x, index):
-    """Return x[index : index + 16]."""
+    def three(typingctx, a, b, c):
+        return typed((a, b, c))
 
-    def codegen(context, builder, sig, args):
-        kind = sig.args[0]
-        address = _address(context, builder, kind, *args)
-        vector = context.get_value_type(sig.return_type)
-        pointer = builder.bitcast(address, vector.as_pointer())
-        return builder.load(pointer, align=kind.dtype.bitwidth // 8)
-
-    return Lanes(x.dtype)(x, types.intp), codegen
+    return intrinsic((one, two, three)[number - 1])
 
 
-@intrinsic
-def store(typingctx, y, index, value):
-    """Round ``value`` to the dtype of ``y`` and put it into y[index : index + 16]."""
-
-    def codegen(context, builder, sig, args):
-        kind = sig.args[0]
-        address = _address(context, builder, kind, args[0], args[1])
-        rounded = _convert(context, builder, args[2], sig.args[2], Lanes(kind.dtype))
-        pointer = builder.bitcast(address, rounded.type.as_pointer())
-        builder.store(rounded, pointer, align=kind.dtype.bitwidth // 8)
-        return context.get_dummy_value()
-
-    return types.void(y, types.intp, value), codegen
+def _zero(value):
+    return ir.Constant(value.type, None)
 
 
-@intrinsic
-def prefetch(typingctx, x, index):
-    """Ask for the cache line of an element, which need not exist, into the L2 cache."""
-
-    def codegen(context, builder, sig, args):
-        byte = ir.IntType(8).as_pointer()
-        address = builder.bitcast(_address(context, builder, sig.args[0], *args), byte)
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [byte] + [_I32] * 3),
-            "llvm.prefetch.p0i8",
-        )
-        builder.call(function, [address, _I32(0), _I32(2), _I32(1)])  # to read, into L2, data
-        return context.get_dummy_value()
-
-    return types.void(x, types.intp), codegen
+def _muladd(builder, a, b, c):
+    # The "fmuladd" of LLVM, not its "fma": the latter calls a library function per element where
+    # the CPU has no such instruction.
+    return call_llvm(builder, f"llvm.fmuladd.{suffix(c.type)}", c.type, [a, b, c])
 
 
-@intrinsic
-def load_last(typingctx, x, stop, count):
-    """Return x[stop - count : stop] in the last lanes, zero in the others."""
-
-    def codegen(context, builder, sig, args):
-        kind = sig.args[0]
-        array, stop, count = args
-        vector = context.get_value_type(sig.return_type)
-        room = cgutils.alloca_once(builder, vector)
-        enough = builder.icmp_signed(">=", stop, _I64(LANES))
-        with builder.if_else(enough, likely=True) as (whole, piecewise):
-            # Sixteen elements can be read wherever they are: what is not asked for is masked.
-            with whole:
-                start = builder.sub(stop, _I64(LANES))
-                address = _address(context, builder, kind, array, start)
-                pointer = builder.bitcast(address, vector.as_pointer())
-                read = builder.load(pointer, align=kind.dtype.bitwidth // 8)
-                masked = _mask_last(builder, read, count)
-                after_whole = builder.block
-            with piecewise:
-                builder.store(ir.Constant(vector, None), room)
-                element = builder.bitcast(room, vector.element.as_pointer())
-                offset = builder.sub(_I64(LANES), count)
-                start = builder.sub(stop, count)
-                with cgutils.for_range(builder, count) as loop:
-                    index = builder.add(start, loop.index)
-                    source = _address(context, builder, kind, array, index)
-                    target = builder.gep(element, [builder.add(offset, loop.index)])
-                    builder.store(builder.load(source), target)
-                pieced = builder.load(room)
-                after_piecewise = builder.block
-        result = builder.phi(vector)
-        result.add_incoming(masked, after_whole)
-        result.add_incoming(pieced, after_piecewise)
-        return result
-
-    return Lanes(x.dtype)(x, types.intp, types.intp), codegen
+def _square_root(builder, v):
+    return call_llvm(builder, f"llvm.sqrt.{suffix(v.type)}", v.type, [v])
 
 
-@intrinsic
-def store_last(typingctx, y, stop, value, count):
-    """Put the last ``count`` lanes into y[stop - count : stop], rounded to the dtype of ``y``."""
-
-    def codegen(context, builder, sig, args):
-        kind = sig.args[0]
-        array, stop, value, count = args
-        rounded = _convert(context, builder, value, sig.args[2], Lanes(kind.dtype))
-        room = cgutils.alloca_once_value(builder, rounded)
-        element = builder.bitcast(room, rounded.type.element.as_pointer())
-        offset = builder.sub(_I64(LANES), count)
-        start = builder.sub(stop, count)
-        with cgutils.for_range(builder, count) as loop:
-            source = builder.gep(element, [builder.add(offset, loop.index)])
-            target = _address(context, builder, kind, array, builder.add(start, loop.index))
-            builder.store(builder.load(source), target)
-        return context.get_dummy_value()
-
-    return types.void(y, types.intp, value, types.intp), codegen
+def _magnitude(builder, v):
+    return call_llvm(builder, f"llvm.fabs.{suffix(v.type)}", v.type, [v])
 
 
-@intrinsic
-def get(typingctx, x, index):
-    """Return the element at a flat index."""
-
-    def codegen(context, builder, sig, args):
-        return builder.load(_address(context, builder, sig.args[0], *args))
-
-    return x.dtype(x, types.intp), codegen
+def _difference(builder, a, b):
+    equal = builder.fcmp_ordered("==", a, b)
+    return builder.select(equal, _zero(a), builder.fsub(a, b))
 
 
-@intrinsic
-def put(typingctx, y, index, value):
-    """Store a number, rounded to the dtype of ``y``, at a flat index."""
-
-    def codegen(context, builder, sig, args):
-        kind = sig.args[0]
-        rounded = context.cast(builder, args[2], sig.args[2], kind.dtype)
-        builder.store(rounded, _address(context, builder, kind, args[0], args[1]))
-        return context.get_dummy_value()
-
-    return types.void(y, types.intp, value), codegen
+def _where_nonzero(builder, test, value, other):
+    return builder.select(builder.fcmp_unordered("!=", test, _zero(test)), value, other)
 
 
-def _convert(context, builder, value, source, target):
-    if source.dtype == target.dtype:
-        return value
-    wider = target.dtype.bitwidth > source.dtype.bitwidth
-    convert = builder.fpext if wider else builder.fptrunc
-    return convert(value, context.get_value_type(target))
+def _rectify(builder, v):
+    return builder.select(builder.fcmp_ordered("<=", v, _zero(v)), _zero(v), v)
+
+
+def _settle(builder, v, low):
+    finite = builder.fcmp_ordered("==", builder.fsub(low, low), _zero(low))
+    return builder.select(finite, builder.fadd(v, low), v)
+
+
+def _misfit(builder, v, least, most):
+    size = _magnitude(builder, v)
+    small = builder.fcmp_ordered("<", size, least)
+    bad = builder.or_(small, builder.fcmp_ordered(">", size, most))
+    kind = ir.VectorType(ir.DoubleType(), LANES) if isinstance(v.type, ir.VectorType) else v.type
+    return builder.uitofp(bad, kind)
+
+
+muladd = _define(_muladd, 3)
+square_root = _define(_square_root, 1)
+difference = _define(_difference, 2)
+where_nonzero = _define(_where_nonzero, 3)
+rectify = _define(_rectify, 1)
+settle = _define(_settle, 2)
+misfit = _define(_misfit, 3)
 
 
 @intrinsic
@@ -278,31 +223,10 @@ def cast(typingctx, value, like):
 
     def codegen(context, builder, sig, args):
         if isinstance(value, Lanes):
-            return _convert(context, builder, args[0], value, result)
+            return convert(context, builder, args[0], value, result)
         return context.cast(builder, args[0], value, result)
 
     return result(value, like), codegen
-
-
-@intrinsic
-def muladd(typingctx, a, b, c):
-    """Return a * b + c."""
-    kinds = (a, b, c)
-    result = _common(*kinds) or c
-
-    def codegen(context, builder, sig, args):
-        operands = _operands(context, builder, args, kinds, result)
-        # The "fmuladd" of LLVM, not its "fma": the latter calls a library function per element
-        # where the CPU has no such instruction.
-        operand = operands[0].type
-        bits = getattr(result, "dtype", result).bitwidth
-        name = f"llvm.fmuladd.{f'v{LANES}' if isinstance(result, Lanes) else ''}f{bits}"
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(operand, [operand] * 3), name
-        )
-        return builder.call(function, operands)
-
-    return result(*kinds), codegen
 
 
 @intrinsic
@@ -310,61 +234,23 @@ def where_positive(typingctx, test, value):
     """Return ``value`` where ``test`` > 0, else 0."""
 
     def codegen(context, builder, sig, args):
-        positive = builder.fcmp_ordered(">", args[0], ir.Constant(args[0].type, None))
-        return builder.select(positive, args[1], ir.Constant(args[1].type, None))
+        positive = builder.fcmp_ordered(">", args[0], _zero(args[0]))
+        return builder.select(positive, args[1], _zero(args[1]))
 
     return value(test, value), codegen
 
 
 @intrinsic
-def where_nonzero(typingctx, test, value, other):
-    """Return ``value`` where ``test`` is not 0, else ``other``."""
+def first_lanes(typingctx, count, value, other):
+    """Return lanes: ``value`` in the first ``count`` of them, ``other`` in the rest."""
+    kinds = (value, other)
+    result = _common(*kinds) or Lanes(value)
 
     def codegen(context, builder, sig, args):
-        nonzero = builder.fcmp_unordered("!=", args[0], ir.Constant(args[0].type, None))
-        return builder.select(nonzero, args[1], args[2])
+        values = _operands(context, builder, args[1:], kinds, result)
+        return builder.select(first_of(builder, args[0]), *values)
 
-    return value(test, value, other), codegen
-
-
-@intrinsic
-def unless_zero(typingctx, test, value):
-    """Return ``value`` where ``test`` is not 0, else 0."""
-
-    def codegen(context, builder, sig, args):
-        nonzero = builder.fcmp_unordered("!=", args[0], ir.Constant(args[0].type, None))
-        return builder.select(nonzero, args[1], ir.Constant(args[1].type, None))
-
-    return value(test, value), codegen
-
-
-@intrinsic
-def rectify(typingctx, value):
-    """Return 0 where ``value`` <= 0, else ``value``."""
-
-    def codegen(context, builder, sig, args):
-        zero = ir.Constant(args[0].type, None)
-        return builder.select(builder.fcmp_ordered("<=", args[0], zero), zero, args[0])
-
-    return value(value), codegen
-
-
-def _mask_last(builder, value, count):
-    lanes = ir.VectorType(_I32, LANES)
-    numbers = ir.Constant(lanes, list(range(LANES)))
-    first = _spread(builder, builder.trunc(builder.sub(_I64(LANES), count), _I32))
-    keep = builder.icmp_signed(">=", numbers, first)
-    return builder.select(keep, value, ir.Constant(value.type, None))
-
-
-@intrinsic
-def last_lanes(typingctx, value, count):
-    """Return ``value`` with zero in all but the last ``count`` lanes."""
-
-    def codegen(context, builder, sig, args):
-        return _mask_last(builder, *args)
-
-    return value(value, types.intp), codegen
+    return result(types.intp, *kinds), codegen
 
 
 @intrinsic
@@ -380,12 +266,12 @@ def total(typingctx, value):
                 builder.shuffle_vector(
                     vector,
                     ir.Constant(vector.type, ir.Undefined),
-                    ir.Constant(ir.VectorType(_I32, width), list(range(start, start + width))),
+                    ir.Constant(ir.VectorType(I32, width), list(range(start, start + width))),
                 )
                 for start in (0, width)
             ]
             vector = builder.fadd(*halves)
-        return builder.extract_element(vector, _I32(0))
+        return builder.extract_element(vector, I32(0))
 
     return value.dtype(value), codegen
 

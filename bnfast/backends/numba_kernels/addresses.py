@@ -1,0 +1,305 @@
+"""Memory as kernels see it: addresses, and the ways from there to lanes and back.
+
+A kernel is handed the address of an array's first element and the sizes as numbers. Numba's own
+array type is a dozen numbers and a reference count: taking one apart costs 250 ns of a call, an
+`Address` 5. None becomes the address 0: the array is absent. Elements have flat indices; an array
+that a kernel allocated may stand for its address.
+
+    present(x)                       whether x is not absent
+    same(x, y)                       whether two addresses are equal
+    is_double(x)                     whether x is of float64: a constant to the optimiser
+    room(x, rows, columns)           a new array of the dtype of x
+    load(x, i)                       x[i : i+16]
+    load_wide(x, i)                  the same in float64
+    load_some(x, i, count)           x[i : i+count] in the first lanes, zero in the others
+    store(y, i, v)                   y[i : i+16] = v, rounded to the dtype of y
+    store_some(y, i, v, count)       y[i : i+count] = the first lanes of v
+    stream(y, i, v)                  as store, past the cache, where a cache line begins
+    fence()                          waits until what was streamed can be seen
+    to_line(y, i)                    how many elements there are from y[i] to the next cache line
+    prefetch(x, i)                   asks for the cache line of x[i], whether or not it exists
+    get(x, i), put(y, i, v)          one element
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import NativeValue, models, overload, register_model, unbox
+from numba.np.numpy_support import as_dtype
+
+from bnfast.backends.numba_kernels.lanes import (
+    I32,
+    I64,
+    LANES,
+    Lanes,
+    call_llvm,
+    convert,
+    first_of,
+    intrinsic,
+    suffix,
+)
+
+LINE = 64
+"""Bytes of a cache line."""
+
+_DATA = object.__basicsize__
+_DIMENSIONS = _DATA + 16
+"""Where an array object holds the addresses of its first element and of its dimensions, as NumPy's
+C interface has it: after Python's own fields; between them is their number."""
+
+
+class Address(types.Type):
+    """Numba type of the address of elements of one dtype, or 0."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        super().__init__(name=f"Address({dtype})")
+
+
+@register_model(Address)
+class _AddressModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, dmm.lookup(fe_type.dtype).get_data_type().as_pointer())
+
+
+class Dimensions(Address):
+    """Numba type of the address of an array's dimensions."""
+
+    def __init__(self):
+        super().__init__(types.intp)
+        self.name = "Dimensions"
+
+
+register_model(Dimensions)(_AddressModel)
+
+
+def _field(c, array, offset, kind):
+    """Return a field of an array object."""
+    start = c.builder.bitcast(array, ir.IntType(8).as_pointer())
+    return c.builder.load(c.builder.bitcast(c.builder.gep(start, [I64(offset)]), kind.as_pointer()))
+
+
+@unbox(Address)
+def _address_of(kind, array, c):
+    """Return the address in an array object; 0 for None. Nothing is checked."""
+    pointer = c.context.get_value_type(kind)
+    absent = c.builder.icmp_unsigned("==", array, c.pyapi.borrow_none())
+    address = _field(c, array, _DATA, pointer)
+    return NativeValue(c.builder.select(absent, ir.Constant(pointer, None), address))
+
+
+@unbox(Dimensions)
+def _dimensions_of(kind, array, c):
+    """Return where an array object holds its dimensions."""
+    return NativeValue(_field(c, array, _DIMENSIONS, c.context.get_value_type(kind)))
+
+
+def _pointer(context, builder, kind, value, index):
+    if isinstance(kind, types.Array):
+        value = context.make_array(kind)(context, builder, value).data
+    return builder.gep(value, [index])
+
+
+def _vector_pointer(context, builder, kind, value, index):
+    vector = context.get_value_type(Lanes(kind.dtype)).as_pointer()
+    return builder.bitcast(_pointer(context, builder, kind, value, index), vector)
+
+
+@intrinsic
+def present(typingctx, x):
+    """Return whether there is an array."""
+
+    def codegen(context, builder, sig, args):
+        return builder.icmp_unsigned("!=", args[0], ir.Constant(args[0].type, None))
+
+    return types.boolean(x), codegen
+
+
+@intrinsic
+def same(typingctx, x, y):
+    """Return whether two addresses are equal."""
+
+    def codegen(context, builder, sig, args):
+        return builder.icmp_unsigned("==", *args)
+
+    return types.boolean(x, y), codegen
+
+
+@intrinsic
+def is_double(typingctx, x):
+    """Return whether the elements are float64."""
+    double = x.dtype == types.float64
+
+    def codegen(context, builder, sig, args):
+        return context.get_constant(types.boolean, double)
+
+    return types.boolean(x), codegen
+
+
+def room(x, rows, columns):
+    """Return a new array of the dtype of x."""
+    raise NotImplementedError("only in compiled code")
+
+
+@overload(room, inline="always")
+def _room(x, rows, columns):
+    dtype = as_dtype(x.dtype).type
+    return lambda x, rows, columns: np.empty((rows, columns), dtype)
+
+
+@intrinsic
+def load(typingctx, x, index):
+    """Return x[index : index + 16]."""
+
+    def codegen(context, builder, sig, args):
+        pointer = _vector_pointer(context, builder, sig.args[0], *args)
+        return builder.load(pointer, align=sig.args[0].dtype.bitwidth // 8)
+
+    return Lanes(x.dtype)(x, types.intp), codegen
+
+
+@intrinsic
+def load_wide(typingctx, x, index):
+    """Return x[index : index + 16] in float64.
+
+    It is read in two halves, because a conversion of eight numbers can read them itself, while one
+    of sixteen would have to take them apart in registers.
+    """
+
+    def codegen(context, builder, sig, args):
+        kind = sig.args[0]
+        half = ir.VectorType(context.get_value_type(kind.dtype), LANES // 2)
+        wide = ir.VectorType(ir.DoubleType(), LANES // 2)
+        halves = []
+        for offset in (0, LANES // 2):
+            at = _pointer(context, builder, kind, args[0], builder.add(args[1], I64(offset)))
+            pointer = builder.bitcast(at, half.as_pointer())
+            read = builder.load(pointer, align=kind.dtype.bitwidth // 8)
+            halves.append(read if half == wide else builder.fpext(read, wide))
+        order = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+        return builder.shuffle_vector(*halves, order)
+
+    return Lanes(types.float64)(x, types.intp), codegen
+
+
+@intrinsic
+def load_some(typingctx, x, index, count):
+    """Return x[index : index + count] in the first lanes, zero in the others."""
+
+    def codegen(context, builder, sig, args):
+        kind = sig.args[0]
+        pointer = _vector_pointer(context, builder, kind, *args[:2])
+        vector = pointer.type.pointee
+        align = I32(kind.dtype.bitwidth // 8)
+        arguments = [pointer, align, first_of(builder, args[2]), ir.Constant(vector, None)]
+        return call_llvm(builder, f"llvm.masked.load.{suffix(vector)}.p0", vector, arguments)
+
+    return Lanes(x.dtype)(x, types.intp, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx, y, index, value):
+    """Round ``value`` to the dtype of ``y`` and put it into y[index : index + 16]."""
+
+    def codegen(context, builder, sig, args):
+        kind = sig.args[0]
+        rounded = convert(context, builder, args[2], sig.args[2], Lanes(kind.dtype))
+        pointer = _vector_pointer(context, builder, kind, *args[:2])
+        builder.store(rounded, pointer, align=kind.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(y, types.intp, value), codegen
+
+
+@intrinsic
+def store_some(typingctx, y, index, value, count):
+    """Put the first ``count`` lanes into y[index : index + count], rounded to the dtype of y."""
+
+    def codegen(context, builder, sig, args):
+        kind = sig.args[0]
+        rounded = convert(context, builder, args[2], sig.args[2], Lanes(kind.dtype))
+        pointer = _vector_pointer(context, builder, kind, *args[:2])
+        arguments = [rounded, pointer, I32(kind.dtype.bitwidth // 8), first_of(builder, args[3])]
+        name = f"llvm.masked.store.{suffix(rounded.type)}.p0"
+        call_llvm(builder, name, ir.VoidType(), arguments)
+        return context.get_dummy_value()
+
+    return types.void(y, types.intp, value, types.intp), codegen
+
+
+@intrinsic
+def stream(typingctx, y, index, value):
+    """As `store`, past the cache: y[index] must be the first of a cache line."""
+
+    def codegen(context, builder, sig, args):
+        pointer = _vector_pointer(context, builder, sig.args[0], *args[:2])
+        written = builder.store(args[2], pointer, align=LINE)
+        written.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(y, types.intp, value), codegen
+
+
+@intrinsic
+def fence(typingctx):
+    """Wait until what this thread has streamed can be seen by others."""
+
+    def codegen(context, builder, sig, args):
+        if builder.module.triple.startswith("x86_64"):
+            call_llvm(builder, "llvm.x86.sse.sfence", ir.VoidType(), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def to_line(typingctx, y, index):
+    """Return how many elements there are from y[index] to the next start of a cache line."""
+
+    def codegen(context, builder, sig, args):
+        size = sig.args[0].dtype.bitwidth // 8
+        address = builder.ptrtoint(_pointer(context, builder, sig.args[0], *args), I64)
+        return builder.udiv(builder.and_(builder.neg(address), I64(LINE - 1)), I64(size))
+
+    return types.intp(y, types.intp), codegen
+
+
+@intrinsic
+def prefetch(typingctx, x, index):
+    """Ask for the cache line of an element, which need not exist, into the L2 cache."""
+
+    def codegen(context, builder, sig, args):
+        byte = ir.IntType(8).as_pointer()
+        address = builder.bitcast(_pointer(context, builder, sig.args[0], *args), byte)
+        # To read, into the second level, data.
+        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(2), I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp), codegen
+
+
+@intrinsic
+def get(typingctx, x, index):
+    """Return the element at a flat index."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(_pointer(context, builder, sig.args[0], *args))
+
+    return x.dtype(x, types.intp), codegen
+
+
+@intrinsic
+def put(typingctx, y, index, value):
+    """Store a number, rounded to the dtype of ``y``, at a flat index."""
+
+    def codegen(context, builder, sig, args):
+        kind = sig.args[0]
+        rounded = context.cast(builder, args[2], sig.args[2], kind.dtype)
+        builder.store(rounded, _pointer(context, builder, kind, *args[:2]))
+        return context.get_dummy_value()
+
+    return types.void(y, types.intp, value), codegen

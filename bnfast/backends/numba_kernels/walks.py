@@ -1,0 +1,296 @@
+"""The elementwise half of both kernels: the walk along the flat output.
+
+An array is transformed in steps of sixteen elements, wherever channels begin and end, so that
+every store but the first and the last of a share is a whole vector, and with large arrays a whole
+cache line past the cache. The two array forms differ in how the numbers of a step are found::
+
+    by_runs     runs of 16 and more    n0 n0 n0 n0 | n0 n0 n0 n1 n1 | n1 n1 ...
+                A step within a run has one channel's numbers, at its end those of two.
+    by_cycle    columns, short runs    n0 n1 n2 n3 | n4 n0 n1 n2 | n3 ...
+                The numbers of all elements up to where they repeat are a table; a step reads
+                sixteen of it from any place.
+
+Each comes a second time, ``..._exactly``, for arrays with a channel that does not fit float32.
+
+What is done to sixteen elements is an operation: ``make`` computes, ``write`` stores. Both take a
+``count`` of elements, a constant 16 almost everywhere, where the optimiser drops the mask.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+from __future__ import annotations
+
+from bnfast.backends.numba_kernels.addresses import (
+    fence,
+    load,
+    load_some,
+    present,
+    same,
+    store_some,
+    stream,
+    to_line,
+)
+from bnfast.backends.numba_kernels.arithmetic import MISFIT, gradient, output
+from bnfast.backends.numba_kernels.compiling import inline, step
+from bnfast.backends.numba_kernels.lanes import LANES, first_lanes, where_nonzero, where_positive
+
+STREAMED = 32 * 2**20
+"""Bytes read and written from which on outputs are written past the cache."""
+
+CYCLE = 256
+"""Elements of a cycle, at least, so that it is not begun anew all the time."""
+
+
+@inline
+def write_some(y, i, value, count, past):
+    """Store ``count`` elements; whole vectors past the cache if ``past``."""
+    if past and count == LANES:
+        stream(y, i, value)
+    else:
+        store_some(y, i, value, count)
+
+
+@inline
+def make_output(arrays, i, count, numbers):
+    """Return y from element ``i`` on, and nothing else. ``arrays``: x, residual, y, add, relu."""
+    x, residual, _, add, relu = arrays
+    head, scale, shift, _ = numbers
+    value = load_some(x, i, count)
+    other = load_some(residual, i, count) if add else value
+    return output(value, other, head, scale, shift, add, relu), value
+
+
+@inline
+def write_output(arrays, i, count, made, past):
+    """Store what `make_output` made."""
+    write_some(arrays[2], i, made[0], count, past)
+
+
+@inline
+def make_gradient(arrays, i, count, numbers):
+    """Return dx from element ``i`` on, and g. ``arrays``: dy, x, y, dx, dresidual, relu, both."""
+    dy, x, y, _, _, relu, _ = arrays
+    head, slope, offset, factor = numbers
+    g = load_some(dy, i, count)
+    if relu:
+        g = where_positive(load_some(y, i, count), g)
+    return gradient(g, load_some(x, i, count), head, slope, offset, factor), g
+
+
+@inline
+def write_gradient(arrays, i, count, made, past):
+    """Store what `make_gradient` made."""
+    write_some(arrays[3], i, made[0], count, past)
+    if arrays[6]:
+        store_some(arrays[4], i, made[1], count)
+
+
+@inline
+def numbers_of(table, c):
+    """Return the numbers of a channel."""
+    return table[0, c], table[1, c], table[2, c], table[3, c]
+
+
+@inline
+def numbers_from(table, at):
+    """Return the numbers of sixteen elements, from entry ``at`` of a cycle."""
+    width = table.shape[1]
+    return (
+        load(table, at),
+        load(table, at + width),
+        load(table, at + 2 * width),
+        load(table, at + 3 * width),
+    )
+
+
+@inline
+def joined(count, a, b):
+    """Return numbers: ``a`` for the first ``count`` lanes, ``b`` for the others."""
+    return (
+        first_lanes(count, a[0], b[0]),
+        first_lanes(count, a[1], b[1]),
+        first_lanes(count, a[2], b[2]),
+        first_lanes(count, a[3], b[3]),
+    )
+
+
+def walks(make, write):
+    """Return the four walks for an operation: by_runs, by_runs_exactly, by_cycle, ..._exactly.
+
+    They transform the elements from ``start`` to ``stop``; ``to`` is the array of which cache
+    lines are to be filled if ``past``.
+    """
+
+    @step
+    def by_runs(arrays, to, start, stop, size, numbers, past):
+        channels = numbers.shape[1]
+        c = start // size % channels
+        edge = (start // size + 1) * size
+        i = start
+        count = min(to_line(to, start), stop - start) if past else 0
+        while i < stop:
+            whole = (min(edge, stop) - i) // LANES * LANES if count == 0 else 0
+            if whole > 0:
+                own = numbers_of(numbers, c)
+                for at in range(i, i + whole, LANES):
+                    write(arrays, at, LANES, make(arrays, at, LANES, own), past)
+                i += whole
+            elif edge == i:
+                c = c + 1 if c + 1 < channels else 0
+                edge += size
+            else:
+                count = min(count if count > 0 else LANES, stop - i)
+                after = c + 1 if c + 1 < channels else 0
+                both = joined(edge - i, numbers_of(numbers, c), numbers_of(numbers, after))
+                write(arrays, i, count, make(arrays, i, count, both), past)
+                i += count
+                count = 0
+                if i > edge:
+                    c = after
+                    edge += size
+        if past:
+            fence()
+
+    @step
+    def by_runs_exactly(arrays, start, stop, size, numbers, wide):
+        channels = numbers.shape[1]
+        i = start
+        while i < stop:
+            c = i // size % channels
+            edge = min((i // size + 1) * size, stop)
+            for at in range(i, edge, LANES):
+                count = min(edge - at, LANES)
+                if wide[MISFIT, c] == 0.0:
+                    made = make(arrays, at, count, numbers_of(numbers, c))
+                else:
+                    made = make(arrays, at, count, numbers_of(wide, c))
+                write(arrays, at, count, made, False)
+            i = edge
+
+    @step
+    def by_cycle(arrays, to, start, stop, table, past):
+        width = table.shape[1] - LANES
+        at = start % width
+        i = start
+        count = min(to_line(to, start), stop - start) if past else 0
+        while i < stop:
+            vectors = min((width - at + LANES - 1) // LANES, (stop - i) // LANES)
+            if count == 0 and vectors > 0:
+                for _ in range(vectors):
+                    made = make(arrays, i, LANES, numbers_from(table, at))
+                    write(arrays, i, LANES, made, past)
+                    i += LANES
+                    at += LANES
+            else:
+                count = min(count if count > 0 else LANES, stop - i)
+                made = make(arrays, i, count, numbers_from(table, at))
+                write(arrays, i, count, made, past)
+                i += count
+                at += count
+                count = 0
+            if at >= width:
+                at -= width
+        if past:
+            fence()
+
+    @step
+    def by_cycle_exactly(arrays, start, stop, table, wide):
+        width = table.shape[1] - LANES
+        for i in range(start, stop, LANES):
+            at = i % width
+            count = min(stop - i, LANES)
+            nearly, extra = make(arrays, i, count, numbers_from(table, at))
+            precisely, _ = make(arrays, i, count, numbers_from(wide, at))
+            bad = load(wide, MISFIT * wide.shape[1] + at)
+            write(arrays, i, count, (where_nonzero(bad, precisely, nearly), extra), False)
+
+    return by_runs, by_runs_exactly, by_cycle, by_cycle_exactly
+
+
+_normalize = walks(make_output, write_output)
+_gradient = walks(make_gradient, write_gradient)
+normalize_runs, normalize_runs_exactly, normalize_cycle, normalize_cycle_exactly = _normalize
+gradient_runs, gradient_runs_exactly, gradient_cycle, gradient_cycle_exactly = _gradient
+
+
+@step
+def normalize_by_runs(x, residual, y, begin, end, size, numbers, wide, safe, relu, past):
+    """Normalise a part of an array of runs."""
+    arrays = (x, residual, y, present(residual), relu)
+    if safe and size >= LANES:
+        normalize_runs(arrays, y, begin, end, size, numbers, past)
+    else:
+        normalize_runs_exactly(arrays, begin, end, size, numbers, wide)
+
+
+@step
+def normalize_by_cycle(x, residual, y, begin, end, table, wide, safe, relu, past):
+    """Normalise a part of an array whose numbers repeat."""
+    arrays = (x, residual, y, present(residual), relu)
+    if safe:
+        normalize_cycle(arrays, y, begin, end, table, past)
+    else:
+        normalize_cycle_exactly(arrays, begin, end, table, wide)
+
+
+@step
+def gradient_by_runs(dy, x, y, dx, dresidual, begin, end, size, numbers, wide, safe, past):
+    """Make the gradients of a part of an array of runs."""
+    arrays = (dy, x, y, dx, dresidual, present(y), present(dresidual))
+    if safe and size >= LANES:
+        gradient_runs(arrays, dx, begin, end, size, numbers, past)
+    else:
+        gradient_runs_exactly(arrays, begin, end, size, numbers, wide)
+
+
+@step
+def gradient_by_cycle(dy, x, y, dx, dresidual, begin, end, table, wide, safe, past):
+    """Make the gradients of a part of an array whose numbers repeat."""
+    arrays = (dy, x, y, dx, dresidual, present(y), present(dresidual))
+    if safe:
+        gradient_cycle(arrays, dx, begin, end, table, past)
+    else:
+        gradient_cycle_exactly(arrays, begin, end, table, wide)
+
+
+@inline
+def cycle_width(channels):
+    """Return the elements of a cycle of columns: whole rows of them."""
+    return channels * max(1, CYCLE // channels)
+
+
+@step
+def repeat(table, period):
+    """Fill the rows of a table, `LANES` beyond a cycle, from their first ``period`` entries."""
+    rows, width = table.shape
+    for row in range(rows):
+        if period < LANES:
+            for at in range(period, width):
+                table[row, at] = table[row, at - period]
+        else:
+            for at in range(row * width + period, (row + 1) * width, LANES):
+                count = min(LANES, (row + 1) * width - at)
+                store_some(table, at, load_some(table, at - period, count), count)
+
+
+@step
+def stretch(numbers, size, table):
+    """Fill a table of whole cycles with each of the numbers ``size`` times."""
+    channels = numbers.shape[1]
+    for row in range(numbers.shape[0]):
+        for c in range(channels):
+            for at in range(c * size, (c + 1) * size):
+                table[row, at] = numbers[row, c]
+    repeat(table, channels * size)
+
+
+@inline
+def outgrows(elements, arrays, itemsize):
+    """Return whether what a call reads and writes outgrows the last-level cache."""
+    return elements * arrays * itemsize >= STREAMED
+
+
+@inline
+def past_cache(y, x, other, big):
+    """Return whether to write y past the cache: not where it is an input, which is in it."""
+    return big and not same(y, x) and not same(y, other)
