@@ -35,8 +35,9 @@ Duties
 Optional members
     ``before_fork()`` is called before the process forks, if the module was loaded: stop what would
     not survive. ``limit_instruction_set(name)`` takes ``BNFAST_ISA`` and raises ValueError for a
-    name that it does not know. ``OPENMP`` (a bool) and ``CYTHON_VERSION`` (a str) are reported by
-    `bnfast.show_config`.
+    name that it does not know. ``assume_caches(core, last)`` sets the sizes in bytes that work is
+    cut for, so that tests send small arrays the way of large ones. ``OPENMP`` (a bool) and
+    ``CYTHON_VERSION`` (a str) are reported by `bnfast.show_config`.
 
 Rounding
     ``normalize`` computes ``(x - mean) * (weight / sqrt(var + eps)) + bias``, rounds it to the

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import decimal
 import platform
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from bnfast import registry
+from bnfast.backends import caches
 from bnfast.errors import BackendUnavailableError
 from bnfast.testing import KernelConformance, reference
 from bnfast.testing.cases import draw
@@ -31,6 +33,41 @@ class TestNumpy(KernelConformance):
 class TestCython(KernelConformance):
     backend = "cython"
     fma = has_fma("cython")
+
+
+class Variant(KernelConformance):
+    """A backend on a lower instruction set, or as if the caches were tiny: every array is large."""
+
+    level: ClassVar[str | None] = None
+
+    @pytest.fixture(autouse=True)
+    def as_variant(self, kernels):
+        highest = kernels.instruction_set()
+        if self.level is not None:
+            kernels.limit_instruction_set(self.level)
+            if kernels.instruction_set() != self.level:
+                kernels.limit_instruction_set(highest)
+                pytest.skip(f"this CPU has {highest} at most")
+        kernels.assume_caches(2048, 4096)
+        yield
+        kernels.assume_caches(*caches.sizes())
+        kernels.limit_instruction_set(highest)
+
+
+class TestCythonSmallCaches(Variant):
+    backend = "cython"
+    fma = has_fma("cython")
+
+
+class TestCythonV3SmallCaches(Variant):
+    backend = "cython"
+    level = "x86-64-v3"
+
+
+class TestCythonBaselineSmallCaches(Variant):
+    backend = "cython"
+    level = "baseline"
+    fma = platform.machine().lower() not in ("x86_64", "amd64")
 
 
 class TestNumba(KernelConformance):

@@ -12,6 +12,7 @@ cimport numpy as cnp
 from cython.parallel cimport parallel, prange
 from libc.stdlib cimport free
 
+from bnfast.backends import caches
 from bnfast.backends.host_arrays import accepts, empty, view
 
 cnp.import_array()
@@ -106,6 +107,15 @@ def limit_instruction_set(name):
     if name not in LEVELS:
         raise ValueError(f"expected one of {', '.join(LEVELS)}, got {name!r}")
     level = min(bn_highest_level(), LEVELS.index(name))
+
+
+def assume_caches(Py_ssize_t core, Py_ssize_t last):
+    """Cut the work for caches of so many bytes; the results do not depend on it."""
+    global bn_core_cache, bn_last_cache
+    bn_core_cache, bn_last_cache = core, last
+
+
+assume_caches(*caches.sizes())
 
 
 def unavailable():

@@ -11,7 +11,7 @@ from bnfast.layout import Plan
 from bnfast.spec import Floats
 
 _READY = 0x101
-"""NumPy's flags C_CONTIGUOUS and ALIGNED, in one number: asked for singly they take twice as long."""
+"""NumPy's flags C_CONTIGUOUS and ALIGNED in one number: to ask for both takes twice as long."""
 
 
 def accepts(x: object) -> bool:

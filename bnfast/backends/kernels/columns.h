@@ -10,12 +10,6 @@
    every vector that goes with it is repeated. Needs REAL, FN,
    BN_IS_DOUBLE, gradient.h. */
 
-static inline void FN(add_vector)(double *sum, FN(wide) value)
-{
-    value += FN(load_wide)(sum);
-    memcpy(sum, &value, sizeof value);
-}
-
 /* The sums over `rows` rows of x of the deviations from `first` and of their squares are added to
    those of each column: these are loaded and stored once for all of the rows. */
 static inline void FN(add_rows)(const REAL *x, bn_index width, bn_index stride, bn_index ahead,

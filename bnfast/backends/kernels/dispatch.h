@@ -149,15 +149,6 @@ static inline int bn_fits(double value)
 static const double bn_keep[2 * BN_LANES] = {[BN_LANES] = 1, 1, 1, 1, 1, 1, 1, 1,
                                              1, 1, 1, 1, 1, 1, 1, 1};
 
-/* The sum of the lanes, in a fixed order. */
-static inline double bn_total(double *lane)
-{
-    for (int half = BN_LANES / 2; half; half /= 2)
-        for (int k = 0; k < half; k++)
-            lane[k] += lane[k + half];
-    return lane[0];
-}
-
 /* Turn a block's first mean, and the sums of deviations from it and of their squares, into its
    moments. The first mean is a guess, or carries the rounding of a long sum; the deviations tell
    by how much it is off. */

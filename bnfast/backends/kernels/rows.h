@@ -149,11 +149,19 @@ static inline double FN(first_mean)(const REAL *x, bn_index runs, bn_index lengt
             for (bn_index i = 0, n; i < length; i += n)
                 FN(add)(x + run * stride + i, n = FN(piece)(length - i), sum);
     }
-    return bn_total(sum) / ((double)runs * (double)length);
+    return FN(total)(sum) / ((double)runs * (double)length);
 #else
+    const bn_index n = bn_min(length, BN_LANES);
+    double some[BN_LANES];
     (void)runs;
     (void)stride;
-    return length < 4 ? x[0] : (((double)x[0] + x[1]) + ((double)x[2] + x[3])) / 4;
+    BN_ZERO(some);
+    if (n == BN_LANES)
+        BN_EACH(k, 1) FN(add_vector)(some + k * FN(WIDTH), FN(load)(x + k * FN(WIDTH)));
+    else
+        for (bn_index i = 0; i < n; i++)
+            some[i] = x[i];
+    return FN(total)(some) / (double)n;
 #endif
 }
 
@@ -196,8 +204,8 @@ static void FN(row_moments)(const char *x_bytes, bn_tile tile, bn_index ahead, b
         }
     }
     for (bn_index c = 0; c < tile.channels; c++)
-        moments[c] = bn_corrected(channel[c].first, bn_total(channel[c].a),
-                                  bn_total(channel[c].b), count);
+        moments[c] = bn_corrected(channel[c].first, FN(total)(channel[c].a),
+                                  FN(total)(channel[c].b), count);
 }
 
 static inline void FN(add_runs)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
@@ -236,7 +244,7 @@ static void FN(row_sums)(const char *dy_bytes, const char *x_bytes, const char *
         }
     }
     for (bn_index c = 0; c < tile.channels; c++) {
-        sums[c].dy = bn_total(channel[c].a);
-        sums[c].dy_x = bn_total(channel[c].b);
+        sums[c].dy = FN(total)(channel[c].a);
+        sums[c].dy_x = FN(total)(channel[c].b);
     }
 }

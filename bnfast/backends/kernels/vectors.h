@@ -148,14 +148,35 @@ static inline FN(wide) FN(wide_mad_each)(FN(wide) a, FN(wide) b, FN(wide) c)
 #endif
 }
 
+static inline void FN(add_vector)(double *sum, FN(wide) value)
+{
+    value += FN(load_wide)(sum);
+    memcpy(sum, &value, sizeof value);
+}
+
 static inline void FN(add_lanes)(double *sum, FN(lanes) lanes)
 {
     BN_EACH(k, 1) {
-        FN(wide) total = FN(load_wide)(sum + k * FN(WIDTH)) + lanes.part[k];
-        if (BN_STEPS > 1)
-            total += lanes.part[FN(REST) + k];
-        memcpy(sum + k * FN(WIDTH), &total, sizeof total);
+        const FN(wide) total =
+            BN_STEPS > 1 ? lanes.part[k] + lanes.part[FN(REST) + k] : lanes.part[k];
+        FN(add_vector)(sum + k * FN(WIDTH), total);
     }
+}
+
+/* The sum of 16 lanes, as a tree: k and 8 + k, then k and 4 + k, ... */
+static inline double FN(total)(const double *sum)
+{
+    FN(lanes) lanes;
+    double some[FN(WIDTH)];
+    BN_EACH(k, 1) lanes.part[k] = FN(load_wide)(sum + k * FN(WIDTH));
+    for (int half = FN(VECTORS) / 2; half; half /= 2)
+        for (int k = 0; k < half; k++)
+            lanes.part[k] += lanes.part[k + half];
+    memcpy(some, lanes.part, sizeof some);
+    for (int half = FN(WIDTH) / 2; half; half /= 2)
+        for (int k = 0; k < half; k++)
+            some[k] += some[k + half];
+    return some[0];
 }
 
 /* `dy`, or 0 where y is not positive, NaN included. */
