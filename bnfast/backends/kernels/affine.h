@@ -95,11 +95,8 @@ static inline void FN(affine_run_as)(const REAL *x, const REAL *residual, REAL *
     } else {
         const bn_index last = n - FN(SIZE);
         const FN(vector) end = BN_MAKE(last);
-        for (bn_index i = 0; i < last; i += FN(SIZE)) {
-            if (i % FN(LINE) == 0)
-                BN_ASK(i);
+        for (bn_index i = 0; i < last; i += FN(SIZE))
             FN(put)(y + i, BN_MAKE(i));
-        }
         FN(put)(y + last, end);
     }
 #undef BN_ASK

@@ -93,7 +93,7 @@ typedef struct {
 
 /* What an elementwise kernel multiplies with and adds: in the dtype of x for each of `width` columns
    of a wide row (or channels), one vector behind the other, and in double for each channel. While it
-   works on a run it asks for what lies `ahead`, if that is not 0. */
+   sends a run past the cache it asks for what lies `ahead`, if that is not 0. */
 typedef struct {
     const char *packed;
     bn_index width, channels, ahead;

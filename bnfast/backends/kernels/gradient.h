@@ -97,11 +97,8 @@ static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y
     } else {
         const bn_index last = n - FN(SIZE);
         const FN(vector) end = BN_MAKE(last);
-        for (bn_index i = 0; i < last; i += FN(SIZE)) {
-            if (i % FN(LINE) == 0)
-                BN_ASK(i);
+        for (bn_index i = 0; i < last; i += FN(SIZE))
             FN(put)(dx + i, BN_MAKE(i));
-        }
         FN(put)(dx + last, end);
     }
 #undef BN_ASK
