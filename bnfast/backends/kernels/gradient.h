@@ -59,15 +59,13 @@ static int FN(pack_gradient)(const double *mean, const double *g_scale, const do
     return fits;
 }
 
-/* SIZE elements from i on, whose `spread` is that of x. */
+/* SIZE elements from i on; `uses` is set where x_scale is not 0. */
 static inline FN(vector) FN(gradient_each)(const REAL *dy, const REAL *x, const REAL *y, bn_index i,
                                            FN(vector) head, FN(vector) g_scale,
-                                           FN(vector) x_scale, FN(vector) shift)
+                                           FN(vector) x_scale, FN(vector) shift, FN(mask) uses)
 {
-    const FN(vector) spread = FN(mad_each)(FN(get)(x + i) - head, x_scale, shift);
-    const FN(mask) none = x_scale == 0;
-    const FN(vector) rest = FN(where)(none, shift), sum = FN(where)(~none, spread);
-    return FN(mad_each)(FN(masked_each)(dy, y, i), g_scale, (FN(vector))((FN(mask))rest | (FN(mask))sum));
+    const FN(vector) off = FN(where)(uses, FN(get)(x + i) - head);
+    return FN(mad_each)(FN(masked_each)(dy, y, i), g_scale, FN(mad_each)(off, x_scale, shift));
 }
 
 /* As affine_run_as: dx may be dy. */
@@ -78,11 +76,15 @@ static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y
 {
     const FN(vector) head = FN(all)(*heads), g_scale = FN(all)(*g_scales);
     const FN(vector) x_scale = FN(all)(*x_scales), shift = FN(all)(*shifts);
+    const FN(mask) uses = x_scale != 0;
+    if (!step && *x_scales == 0)
+        x = dy; /* which is read anyway */
 #define BN_MAKE(i)                                                                                 \
     FN(gradient_each)(dy, x, y, i, step ? FN(get)(heads + (i)) : head,                             \
                       step ? FN(get)(g_scales + (i)) : g_scale,                                    \
                       step ? FN(get)(x_scales + (i)) : x_scale,                                    \
-                      step ? FN(get)(shifts + (i)) : shift)
+                      step ? FN(get)(shifts + (i)) : shift,                                        \
+                      step ? FN(get)(x_scales + (i)) != 0 : uses)
 #define BN_ASK(i)                                                                                  \
     if (ahead) {                                                                                   \
         BN_PREFETCH(dy + (i) + ahead);                                                             \
@@ -114,8 +116,9 @@ static inline void FN(gradient_rows)(const REAL *dy, const REAL *x, const REAL *
     for (; c + FN(SIZE) <= n; c += FN(SIZE)) {
         const FN(vector) h = FN(get)(head + c), g = FN(get)(g_scale + c);
         const FN(vector) s = FN(get)(x_scale + c), t = FN(get)(shift + c);
+        const FN(mask) uses = s != 0;
         _Pragma("GCC unroll 4") for (int row = 0; row < rows; row++)
-            FN(put)(dx + row * n + c, FN(gradient_each)(dy, x, y, row * n + c, h, g, s, t));
+            FN(put)(dx + row * n + c, FN(gradient_each)(dy, x, y, row * n + c, h, g, s, t, uses));
     }
     for (; c < n; c++)
         for (bn_index i = c; i < rows * n; i += n)
