@@ -12,7 +12,7 @@
 
 /* The sums over `rows` rows of x of the deviations from `first` and of their squares are added to
    those of each column: these are loaded and stored once for all of the rows. */
-static inline void FN(add_rows)(const REAL *x, bn_index width, bn_index stride, bn_index ahead,
+BN_INLINE void FN(add_rows)(const REAL *x, bn_index width, bn_index stride, bn_index ahead,
                                 const double *first, double *off, double *square, const int rows)
 {
     bn_index c = 0;
@@ -40,7 +40,7 @@ static inline void FN(add_rows)(const REAL *x, bn_index width, bn_index stride, 
 }
 
 /* The same for dy, where y is NULL or positive, and for its products with x - mean. */
-static inline void FN(add_product_rows)(const REAL *dy, const REAL *x, const REAL *y,
+BN_INLINE void FN(add_product_rows)(const REAL *dy, const REAL *x, const REAL *y,
                                         bn_index width, bn_index stride, bn_index ahead,
                                         const double *mean, double *sum_dy, double *sum_dy_x,
                                         const int rows)
@@ -124,7 +124,7 @@ static void FN(column_moments)(const char *x_bytes, bn_index rows, bn_index widt
     }
 }
 
-static inline void FN(block_sums)(const REAL *dy, const REAL *x, const REAL *y, bn_index rows,
+BN_INLINE void FN(block_sums)(const REAL *dy, const REAL *x, const REAL *y, bn_index rows,
                                   bn_index width, bn_index stride, bn_index ahead,
                                   const double *mean, double *sum_dy, double *sum_dy_x)
 {

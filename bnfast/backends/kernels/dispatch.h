@@ -47,10 +47,14 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
 #if defined(__GNUC__)
 #define BN_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 #define BN_NOINLINE __attribute__((noinline))
+#define BN_INLINE static inline __attribute__((always_inline))
 #else
 #define BN_PREFETCH(address) ((void)(address))
 #define BN_NOINLINE
+#define BN_INLINE static inline
 #endif
+
+/* BN_INLINE marks what must be inlined for a constant argument to take effect. */
 
 /* The loop that follows may be vectorised: no iteration reads what another one writes. */
 #define BN_SIMD _Pragma("omp simd")

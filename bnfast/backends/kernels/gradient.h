@@ -6,7 +6,7 @@ static inline REAL FN(masked)(const REAL *dy, const REAL *y, bn_index i)
     return !y || y[i] > 0 ? dy[i] : 0;
 }
 
-static inline FN(vector) FN(masked_each)(const REAL *dy, const REAL *y, bn_index i)
+BN_INLINE FN(vector) FN(masked_each)(const REAL *dy, const REAL *y, bn_index i)
 {
     const FN(vector) g = FN(get)(dy + i);
     return y ? FN(where)(FN(get)(y + i) > 0, g) : g;
@@ -60,7 +60,7 @@ static int FN(pack_gradient)(const double *mean, const double *g_scale, const do
 }
 
 /* SIZE elements from i on; `uses` is set where x_scale is not 0. */
-static inline FN(vector) FN(gradient_each)(const REAL *dy, const REAL *x, const REAL *y, bn_index i,
+BN_INLINE FN(vector) FN(gradient_each)(const REAL *dy, const REAL *x, const REAL *y, bn_index i,
                                            FN(vector) head, FN(vector) g_scale,
                                            FN(vector) x_scale, FN(vector) shift, FN(mask) uses)
 {
@@ -69,7 +69,7 @@ static inline FN(vector) FN(gradient_each)(const REAL *dy, const REAL *x, const 
 }
 
 /* As affine_run_as: dx may be dy. */
-static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+BN_INLINE void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
                                     bn_index n, const REAL *heads, const REAL *g_scales,
                                     const REAL *x_scales, const REAL *shifts,
                                     bn_index ahead, FN(pending) *pending, const int step)
@@ -108,7 +108,7 @@ static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y
 }
 
 /* As affine_rows_as. */
-static inline void FN(gradient_rows)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+BN_INLINE void FN(gradient_rows)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
                                      bn_index n, const REAL *head, const REAL *g_scale,
                                      const REAL *x_scale, const REAL *shift, const int rows)
 {
@@ -158,7 +158,7 @@ static inline void FN(pass_on)(const REAL *dy, const REAL *y, REAL *dresidual, b
 }
 
 /* Adjacent runs of `length` elements, the first of them of channel c, round and round. */
-static inline void FN(row_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+BN_INLINE void FN(row_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
                                        REAL *dresidual, bn_index elements, bn_index length,
                                        bn_gradients of, bn_index c)
 {
@@ -197,7 +197,7 @@ static void FN(row_gradient)(const char *dy, const char *x, const char *y, char 
 }
 
 /* Adjacent elements from the first column on; they may end within a row. */
-static inline void FN(column_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+BN_INLINE void FN(column_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
                                           REAL *dresidual, bn_index elements, bn_gradients of)
 {
     const REAL *head = (const REAL *)of.packed, *g_scale = head + of.width;

@@ -85,7 +85,7 @@ BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index runs, bn_index n
 }
 
 /* The sums of g (a) and of g * (x - first) (b), g being dy where y is NULL or positive. */
-static inline void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
+BN_INLINE void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
                                     bn_index n, bn_index stride, bn_index ahead, FN(channel) *to)
 {
     const bn_index rest = n % BN_LANES;
@@ -122,7 +122,10 @@ static inline void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y
 BN_NOINLINE static void FN(add_plain)(const REAL *dy, const REAL *x, bn_index runs, bn_index n,
                                       bn_index stride, bn_index ahead, FN(channel) *to)
 {
-    FN(add_products)(dy, x, NULL, runs, n, stride, ahead, to);
+    if (ahead)
+        FN(add_products)(dy, x, NULL, runs, n, stride, ahead, to);
+    else
+        FN(add_products)(dy, x, NULL, runs, n, stride, 0, to);
 }
 
 BN_NOINLINE static void FN(add_masked)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
