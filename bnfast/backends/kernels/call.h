@@ -107,7 +107,7 @@ static inline bn_index bn_part(bn_index elements)
 static inline bn_index bn_ahead(const bn_call *call, bn_index ahead, bn_index length,
                                 bn_index stride)
 {
-    if (call->inner >= BN_TILE)
+    if (call->inner >= BN_TILE || call->outer == 1)
         return ahead;
     return bn_max(call->inner < BN_SHORT ? BN_RUNS : 1, ahead / length) * stride;
 }
