@@ -66,8 +66,8 @@ static inline FN(vector) FN(gradient_each)(const REAL *dy, const REAL *x, const 
 {
     const FN(vector) spread = FN(mad_each)(FN(get)(x + i) - head, x_scale, shift);
     const FN(mask) none = x_scale == 0;
-    const FN(vector) rest = FN(where)(none, shift), sum = FN(where)(~none, spread);
-    return FN(mad_each)(FN(masked_each)(dy, y, i), g_scale, (FN(vector))((FN(mask))rest | (FN(mask))sum));
+    const FN(mask) rest = (FN(mask))FN(where)(none, shift) | (FN(mask))FN(where)(~none, spread);
+    return FN(mad_each)(FN(masked_each)(dy, y, i), g_scale, (FN(vector))rest);
 }
 
 /* As affine_run_as: dx may be dy. */
