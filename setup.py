@@ -23,8 +23,12 @@ FLAGS = [
     "-ffp-contract=off",  # the kernels say where a multiply and an add are one operation
     "-fno-trapping-math",  # floating-point exceptions are not looked at; a branch is a mask
     "-fno-math-errno",
-    "-fno-tree-loop-distribute-patterns",  # `rep stos` for 16 lanes outlasts a run of 49 elements
     # Never -ffast-math: linked into a shared object it switches denormals off for the process.
+]
+
+# Where the compiler knows them: to clang an unknown one is an error.
+GCC_FLAGS = [
+    "-fno-tree-loop-distribute-patterns",  # `rep stos` for 16 lanes outlasts a run of 49 elements
 ]
 
 OPENMP_FLAGS = {
@@ -33,7 +37,11 @@ OPENMP_FLAGS = {
 }
 
 # OpenMP 5: the kernels pause the pool before a fork.
-PROBE = "#include <omp.h>\nint main(void) { return omp_pause_resource_all(omp_pause_hard); }\n"
+OPENMP_PROGRAM = """\
+#include <omp.h>
+int main(void) { return omp_pause_resource_all(omp_pause_hard); }
+"""
+PROGRAM = "int main(void) { return 0; }\n"
 
 
 class BuildKernels(build_ext):
@@ -41,8 +49,9 @@ class BuildKernels(build_ext):
 
     def build_extensions(self) -> None:
         compile_flags, link_flags = self.openmp_flags()
+        gcc_flags = [flag for flag in GCC_FLAGS if self.builds(PROGRAM, [flag], [])]
         for extension in self.extensions:
-            extension.extra_compile_args = FLAGS + compile_flags
+            extension.extra_compile_args = FLAGS + gcc_flags + compile_flags
             extension.extra_link_args = link_flags
         try:
             super().build_extensions()
@@ -56,7 +65,7 @@ class BuildKernels(build_ext):
     def openmp_flags(self) -> tuple[list[str], list[str]]:
         """Return what to add for compiling and linking with OpenMP, or nothing."""
         flags = OPENMP_FLAGS.get(sys.platform, (["-fopenmp"], ["-fopenmp"]))
-        if self.has_openmp(*flags):
+        if self.builds(OPENMP_PROGRAM, *flags):
             return flags
         if os.environ.get("BNFAST_REQUIRE_OPENMP") == "1":
             raise RuntimeError(
@@ -66,11 +75,11 @@ class BuildKernels(build_ext):
         print("bnfast: no OpenMP found, building serial kernels", file=sys.stderr)
         return [], []
 
-    def has_openmp(self, compile_flags: list[str], link_flags: list[str]) -> bool:
-        """Return whether a program that calls OpenMP compiles and links."""
+    def builds(self, program: str, compile_flags: list[str], link_flags: list[str]) -> bool:
+        """Return whether a program in C compiles and links with these flags."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.c")
-            source.write_text(PROBE)
+            source.write_text(program)
             try:
                 objects = self.compiler.compile(
                     [str(source)], output_dir=folder, extra_postargs=compile_flags

@@ -143,7 +143,8 @@ def invstd(m2: Channels, count: int, eps: float) -> Channels:
 
 def _invstd(m2: Channels, count: int, eps: float) -> Channels:
     # Arrays of no dimensions: with Python's numbers, each operation takes twice the time.
-    n, n_eps = np.array(float(count)), np.array(count * eps)
+    # An eps of NumPy's float32 would round its product, and one of float16 overflow.
+    n, n_eps = np.array(float(count)), np.array(count * float(eps))
     result: Channels = np.sqrt(n / (m2 + n_eps))
     return result
 

@@ -161,7 +161,7 @@ def test_invstd_is_silent_where_there_is_no_variance():
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1000, 2**40])
-@pytest.mark.parametrize("eps", [1e-12, 1e-5, 1.0])
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, 1.0, np.float32(1e-5), np.float16(1e-5)])
 def test_invstd(rng, count, eps):
     m2 = rng.uniform(0, 4, 5) * count
     exact = 1 / np.sqrt(m2.astype(np.longdouble) / max(count, 1) + np.longdouble(eps))

@@ -23,7 +23,7 @@ cdef extern from "kernels/tasks.h" nogil:
     ctypedef struct bn_cut:
         Py_ssize_t count
     ctypedef struct bn_call:
-        Py_ssize_t channels, rows, spans, slabs
+        Py_ssize_t rows, spans, slabs
         bn_cut tiles, units
         const char *x
         const char *residual
@@ -95,10 +95,7 @@ OPENMP = bool(BN_OPENMP)
 CYTHON_VERSION = ".".join([str(CYTHON_HEX_VERSION >> shift & 255) for shift in (24, 16, 8)])
 
 cdef tuple LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
-cdef int level
-
-
-level = bn_highest_level()
+cdef int level = bn_highest_level()
 
 
 def limit_instruction_set(name):

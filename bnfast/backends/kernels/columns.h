@@ -7,8 +7,7 @@
        |<------------stride---------->|
 
    A width of few channels is folded by the driver: several rows are taken as one wide row, and
-   every vector that goes with it is repeated. Needs REAL, FN,
-   BN_IS_DOUBLE, gradient.h. */
+   every vector that goes with it is repeated.  Needs REAL, FN, BN_IS_DOUBLE, gradient.h. */
 
 /* The sums over `rows` rows of x of the deviations from `first` and of their squares are added to
    those of each column: these are loaded and stored once for all of the rows. */

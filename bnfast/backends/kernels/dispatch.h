@@ -11,13 +11,14 @@
 
    Elements are addressed by `char *`, so that the driver is the same for every dtype.
 
-   GCC compiles a region for an instruction set with `#pragma GCC target`; clang ignores that and
-   has its own pragma; other compilers keep the baseline alone. */
+   The kernels are GNU C: vector types, which gcc and clang have. GCC compiles a region for an
+   instruction set with `#pragma GCC target`, which also tells the preprocessor; clang's pragma does
+   not, so that it keeps the baseline alone. */
 
 #ifndef BNFAST_DISPATCH_H
 #define BNFAST_DISPATCH_H
 
-#if defined(__x86_64__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 #include <math.h>
@@ -32,10 +33,11 @@ static inline bn_index bn_min(bn_index a, bn_index b) { return a < b ? a : b; }
 static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
 
 /* 16 partial sums, whatever the vector width: they fill two AVX-512 registers of doubles, four
-   AVX2, eight SSE2, and fix the order of additions for all of them. */
+   AVX2, eight SSE2. */
 #define BN_LANES 16
 
-/* Elements that go through the lanes before these are emptied: 64 additions in a row each. */
+/* Elements that go through the lanes before these are emptied: 64 additions in a row each, and
+   fewer than 128 in the last piece of a run. */
 #define BN_CHAIN 1024
 
 /* Channels whose sums are taken side by side, and runs of fewer than BN_SHORT elements that are
@@ -44,15 +46,9 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
 #define BN_RUNS 4
 #define BN_SHORT 256
 
-#if defined(__GNUC__)
 #define BN_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 #define BN_NOINLINE __attribute__((noinline))
 #define BN_INLINE static inline __attribute__((always_inline))
-#else
-#define BN_PREFETCH(address) ((void)(address))
-#define BN_NOINLINE
-#define BN_INLINE static inline
-#endif
 
 /* BN_INLINE marks what must be inlined for a constant argument to take effect. */
 
@@ -95,9 +91,9 @@ typedef struct {
     bn_index runs, length, stride, channels, apart;
 } bn_tile;
 
-/* What an elementwise kernel multiplies with and adds: in the dtype of x for each of `width` columns
-   of a wide row (or channels), one vector behind the other, and in double for each channel. While it
-   sends a run past the cache it asks for what lies `ahead`, if that is not 0. */
+/* What an elementwise kernel multiplies with and adds: in the dtype of x for each of `width`
+   columns of a wide row (or channels), one vector behind the other, and in double for each channel.
+   While it sends a run past the cache it asks for what lies `ahead`, if that is not 0. */
 typedef struct {
     const char *packed;
     bn_index width, channels, ahead;
@@ -182,34 +178,22 @@ static inline double bn_distance(bn_moments a, bn_moments b) { return (a.mean - 
 #include "precision.h"
 #undef BN_TARGET
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__) && !defined(__clang__)
 #define BN_HAVE_X86_LEVELS 1
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
-#else
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
-#endif
 #define BN_TARGET v3
 #include "precision.h"
 #undef BN_TARGET
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))), apply_to = function)
-#else
 #pragma GCC pop_options
+
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-#endif
 #define BN_TARGET v4
 #include "precision.h"
 #undef BN_TARGET
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
 #pragma GCC pop_options
-#endif
 #endif
 
 /* Row i: instruction set i; columns: float, double. */

@@ -7,27 +7,28 @@
 
    It is read nearly in the order of memory: all channels of one run, or of a few short ones, then
    of the next. A run, or a piece of about BN_CHAIN elements of a long one, is summed in 16 lanes,
-   which are then added to those of its channel: float32 data at a large mean has few distinct deviations, whose squares round the
-   same way each time, and an error that grows with the length of a chain must not find a long one.
-   What is left at the end of a run is a step of 16 that overlaps the one before. Runs below 16
-   elements are gathered into one.  Needs REAL, FN, BN_IS_DOUBLE, vectors.h. */
+   which are then added to those of its channel: float32 data at a large mean has few distinct
+   deviations, whose squares round the same way each time, and an error that grows with the length
+   of a chain must not find a long one. What is left at the end of a run is a step of 16 that
+   overlaps the one before. Runs below 16 elements are gathered into one.  Needs REAL, FN,
+   BN_IS_DOUBLE, vectors.h. */
 
 static inline bn_index FN(piece)(bn_index left) { return left < 2 * BN_CHAIN ? left : BN_CHAIN; }
 
 /* Short runs are gathered behind 16 zeros, in which the overlapping step may begin. */
 typedef struct {
-    REAL zeros[BN_LANES], elements[BN_CHAIN];
+    REAL room[BN_LANES + BN_CHAIN];
 } FN(short_runs);
 
 static const REAL *FN(gather)(const REAL *x, bn_index runs, bn_index n, bn_index stride,
                               FN(short_runs) *gathered)
 {
-    REAL *to = gathered->elements;
-    memset(gathered->zeros, 0, sizeof gathered->zeros);
+    REAL *const elements = gathered->room + BN_LANES, *to = elements;
+    memset(gathered->room, 0, BN_LANES * sizeof(REAL));
     for (bn_index run = 0; run < runs; run++, x += stride)
         for (bn_index i = 0; i < n; i++)
             *to++ = x[i];
-    return gathered->elements;
+    return elements;
 }
 
 /* What is kept of each channel while a tile is read: what is subtracted from its elements, and two
