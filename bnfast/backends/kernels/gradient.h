@@ -50,7 +50,7 @@ static int FN(pack_gradient)(const double *mean, const double *g_scale, const do
         head[c] = (REAL)mean[c];
         g_scales[c] = (REAL)g_scale[c];
         x_scales[c] = (REAL)x_scale[c];
-        shifts[c] = (REAL)((tail == 0) | (x_scale[c] == 0) ? shift[c] : moved);
+        shifts[c] = (REAL)(((tail == 0) | (x_scale[c] == 0)) ? shift[c] : moved);
     }
     for (bn_index c = 0; c < n; c++) {
         const bn_gradient gradient = {mean[c], g_scale[c], x_scale[c], shift[c]};
