@@ -12,8 +12,9 @@
    Elements are addressed by `char *`, so that the driver is the same for every dtype.
 
    The kernels are GNU C: vector types, which gcc and clang have. GCC compiles a region for an
-   instruction set with `#pragma GCC target`, which also tells the preprocessor; clang's pragma does
-   not, so that it keeps the baseline alone. */
+   instruction set with `#pragma GCC target`; clang ignores that and has its own pragma, under which
+   the predefined macros (__AVX2__ ...) stay those of the baseline: BN_LEVEL tells the kernels what
+   they may use. */
 
 #ifndef BNFAST_DISPATCH_H
 #define BNFAST_DISPATCH_H
@@ -174,26 +175,51 @@ static inline double bn_distance(bn_moments a, bn_moments b) { return (a.mean - 
 #define BN_JOIN_(a, b, c) a##_##b##_##c
 #define BN_JOIN(a, b, c) BN_JOIN_(a, b, c)
 
+/* The baseline is what the file is compiled for. */
+#if defined(__AVX512F__)
+#define BN_LEVEL 2
+#elif defined(__AVX2__) && defined(__FMA__)
+#define BN_LEVEL 1
+#else
+#define BN_LEVEL 0
+#endif
 #define BN_TARGET baseline
 #include "precision.h"
 #undef BN_TARGET
+#undef BN_LEVEL
 
-#if defined(__x86_64__) && !defined(__clang__)
+#if defined(__x86_64__)
 #define BN_HAVE_X86_LEVELS 1
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
+#endif
 #define BN_TARGET v3
+#define BN_LEVEL 1
 #include "precision.h"
 #undef BN_TARGET
+#undef BN_LEVEL
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))), apply_to = function)
+#else
 #pragma GCC pop_options
-
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#endif
 #define BN_TARGET v4
+#define BN_LEVEL 2
 #include "precision.h"
 #undef BN_TARGET
+#undef BN_LEVEL
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #endif
 
 /* Row i: instruction set i; columns: float, double. */
@@ -205,17 +231,26 @@ static const bn_kernels *const bn_table[][2] = {
 #endif
 };
 
-/* The highest row of the table that this CPU can run. */
+/* The highest row of the table that this CPU can run. Clang 14 knows no levels by name, so
+   clang is asked for what the regions above were compiled for. */
 static inline int bn_highest_level(void)
 {
 #ifdef BN_HAVE_X86_LEVELS
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4"))
-        return 2;
-    if (__builtin_cpu_supports("x86-64-v3"))
-        return 1;
+#if defined(__clang__)
+#define BN_HAS(feature) (__builtin_cpu_supports(feature) != 0)
+    const int v3 = BN_HAS("avx2") & BN_HAS("fma") & BN_HAS("bmi") & BN_HAS("bmi2");
+    const int v4 = v3 & BN_HAS("avx512f") & BN_HAS("avx512bw") & BN_HAS("avx512cd") &
+                   BN_HAS("avx512dq") & BN_HAS("avx512vl");
+#undef BN_HAS
+#else
+    const int v3 = __builtin_cpu_supports("x86-64-v3") != 0;
+    const int v4 = __builtin_cpu_supports("x86-64-v4") != 0;
 #endif
+    return v4 ? 2 : v3 ? 1 : 0;
+#else
     return 0;
+#endif
 }
 
 #endif

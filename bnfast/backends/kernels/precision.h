@@ -1,11 +1,12 @@
-/* The kernels for float and for double at one instruction set, BN_TARGET, and their tables.
+/* The kernels for float and for double at one instruction set, BN_TARGET, and their tables. BN_LEVEL
+   is what it has: 1 for AVX2 and FMA, 2 for AVX-512 too, 0 for neither.
    Included once per instruction set, on purpose: no include guard.
 
    FN(mad) and FN(wide_mad) are a * b + c in REAL and in double: one rounding where the instruction
    set has it. They are spelled out, and the compiler's own contraction is off (setup.py), so that
    every path to an element, vector body, tail or special case, gives it the same bits. */
 
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if BN_LEVEL || defined(__ARM_FEATURE_FMA)
 #define BN_MAD(fma, a, b, c) fma(a, b, c)
 #else
 #define BN_MAD(fma, a, b, c) ((a) * (b) + (c))

@@ -6,10 +6,10 @@
    Where there are registers for it (AVX-512) even and odd steps of 16 have sums of their own, since
    an addition takes longer than a step otherwise needs.  Needs REAL, FN, BN_IS_DOUBLE. */
 
-#if defined(__AVX512F__)
+#if BN_LEVEL == 2
 #define BN_VECTOR 64
 #define BN_STEPS 2
-#elif defined(__AVX__)
+#elif BN_LEVEL == 1
 #define BN_VECTOR 32
 #define BN_STEPS 1
 #else
@@ -53,7 +53,7 @@ static inline void FN(put)(REAL *y, FN(vector) some) { memcpy(y, &some, sizeof s
 /* Store past the cache; y is aligned. */
 static inline void FN(send)(REAL *y, FN(vector) some)
 {
-#if defined(__AVX__)
+#if BN_LEVEL
     _mm256_stream_si256((__m256i *)y, (__m256i)some);
 #elif defined(__SSE2__)
     _mm_stream_si128((__m128i *)y, (__m128i)some);
@@ -73,9 +73,9 @@ static inline FN(vector) FN(where)(FN(mask) mask, FN(vector) some)
 /* a * b + c, rounded once where the instruction set can. */
 static inline FN(vector) FN(mad_each)(FN(vector) a, FN(vector) b, FN(vector) c)
 {
-#if defined(__FMA__) && BN_IS_DOUBLE
+#if BN_LEVEL && BN_IS_DOUBLE
     return (FN(vector))_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#elif defined(__FMA__)
+#elif BN_LEVEL
     return (FN(vector))_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     for (int k = 0; k < FN(SIZE); k++)
@@ -109,9 +109,9 @@ static inline FN(wide) FN(widened)(FN(narrow) some)
 {
 #if BN_IS_DOUBLE
     return some;
-#elif defined(__AVX512F__)
+#elif BN_LEVEL == 2
     return (FN(wide))_mm512_cvtps_pd((__m256)some);
-#elif defined(__AVX__)
+#elif BN_LEVEL == 1
     return (FN(wide))_mm256_cvtps_pd((__m128)some);
 #else
     return __builtin_convertvector(some, FN(wide));
@@ -137,9 +137,9 @@ static inline FN(wide) FN(spread)(double value) { return value - (FN(wide)){0}; 
 /* a * b + c, rounded once where the instruction set can. */
 static inline FN(wide) FN(wide_mad_each)(FN(wide) a, FN(wide) b, FN(wide) c)
 {
-#if defined(__AVX512F__)
+#if BN_LEVEL == 2
     return (FN(wide))_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__AVX__) && defined(__FMA__)
+#elif BN_LEVEL == 1
     return (FN(wide))_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #else
     for (int k = 0; k < FN(WIDTH); k++)
