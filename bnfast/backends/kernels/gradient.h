@@ -15,8 +15,8 @@ BN_INLINE FN(vector) FN(masked_each)(const REAL *dy, const REAL *y, bn_index i)
 /* Where x_scale is 0, as in eval mode, x does not matter, whatever it holds. */
 static inline REAL FN(gradient)(REAL g, REAL x, REAL head, REAL g_scale, REAL x_scale, REAL shift)
 {
-    const REAL spread = FN(mad)(x - head, x_scale, shift);
-    return FN(mad)(g, g_scale, x_scale == 0 ? shift : spread);
+    const REAL off = x_scale == 0 ? 0 : x - head;
+    return FN(mad)(g, g_scale, FN(mad)(off, x_scale, shift));
 }
 
 static inline REAL FN(gradient_wide)(REAL g, REAL x, bn_gradient gradient)
