@@ -31,7 +31,6 @@ from bnfast.backends.numba_kernels.walks import (
     cycle_width,
     gradient_by_cycle,
     normalize_by_cycle,
-    outgrows,
     past_cache,
     repeat,
 )
@@ -53,6 +52,8 @@ def forward(
     m2: Vector,
     relu: bool,
     shape: Shape,
+    core: int,
+    last: int,
     threads: int,
 ) -> None:
     """Compute mean and m2 where these are present; y where that is, by them or what is given."""
@@ -82,8 +83,8 @@ def forward(
     repeat(table, channels)
     if not safe:
         repeat(wide, channels)
-    big = outgrows(elements, 3 if present(residual) else 2, table.itemsize)
-    past = past_cache(y, x, residual, big)
+    large = elements * table.itemsize * (3 if present(residual) else 2) > last
+    past = past_cache(y, x, residual, large)
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
         normalize_by_cycle(x, residual, y, begin, end, table, wide, safe, relu, past)
@@ -103,6 +104,8 @@ def backward(
     dx: Array,
     dresidual: Array,
     shape: Shape,
+    core: int,
+    last: int,
     threads: int,
 ) -> None:
     """Take the sums, if ``measure``; make dx by the sums over n, and dresidual, where present."""
@@ -140,7 +143,8 @@ def backward(
     repeat(table, channels)
     if not safe:
         repeat(wide, channels)
-    past = past_cache(dx, dy, x, outgrows(elements, 3, table.itemsize))
+    large = elements * table.itemsize * (4 if present(y) else 3) > last
+    past = past_cache(dx, dy, x, large)
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
         gradient_by_cycle(dy, x, y, dx, dresidual, begin, end, table, wide, safe, past)

@@ -218,7 +218,7 @@ def side_by_side(shape):
 
     Channel by channel, runs of 49 elements would be read from places that are far apart.
     """
-    return max(1, ADJACENT // shape[2])
+    return max(1, min(ADJACENT // shape[2], shape[1]))
 
 
 @step
