@@ -22,11 +22,11 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import binding
 
 from bnfast.backends import caches
 from bnfast.backends.host_arrays import accepts, empty, view
 from bnfast.backends.numba_kernels import columns, compiling, rows, team
+from bnfast.backends.numba_kernels.lanes import instruction_set
 from bnfast.spec import Channels, Floats
 
 __all__ = [
@@ -61,19 +61,6 @@ def assume_caches(core: int, last: int) -> None:
     """Cut the work for caches of so many bytes; the results do not depend on it."""
     global _caches
     _caches = caches.Caches(core, last)
-
-
-@functools.cache
-def instruction_set() -> str:
-    """Return the widest vector extension that Numba compiles for here."""
-    features = _numba.config.CPU_FEATURES  # what the user set, else None
-    if features is None:
-        features = binding.get_host_cpu_features().flatten()
-    present = features.split(",")
-    for name in ("avx512f", "avx2", "avx", "neon"):
-        if f"+{name}" in present:
-            return name
-    return "baseline"
 
 
 def moments(x: Floats, *, mean: Channels, m2: Channels, num_threads: int) -> None:

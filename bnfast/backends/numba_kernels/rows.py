@@ -29,6 +29,7 @@ from bnfast.backends.numba_kernels.lanes import (
 )
 from bnfast.backends.numba_kernels.tiles import (
     add_tiles,
+    ahead_of,
     measure_share,
     measure_tiles,
     merge_tiles,
@@ -78,7 +79,7 @@ def train_share(
     large, thread, threads,
 ):  # fmt: skip
     """Measure and transform a thread's share of the slabs of channels, one after the other."""
-    samples, channels, size = shape
+    samples, channels, size, _ = shape
     slabs = -(-channels // slab)
     begin, end = share(slabs, thread, threads) * slab, share(slabs, thread + 1, threads) * slab
     ahead = slab * size if large else 0
@@ -120,9 +121,9 @@ def forward(
 ) -> None:
     """Compute mean and m2 where these are present; y where that is, by them or what is given."""
     samples, channels, size = get(dimensions, 0), get(dimensions, 1), get(dimensions, 2)
-    shape = (samples, channels, size)
     elements = samples * channels * size
     numbers, wide = room(x, 4, channels), np.empty((5, channels))
+    shape = samples, channels, size, ahead_of(samples, channels, size, numbers.itemsize, core)
     bytes_ = elements * numbers.itemsize
     large = bytes_ * (3 if present(residual) else 2) > last
     past = past_cache(y, x, residual, large)
@@ -168,7 +169,7 @@ def backward_share(
     wide, slab, past, large, thread, threads,
 ):  # fmt: skip
     """Sum and transform a thread's share of the slabs of channels, one after the other."""
-    samples, channels, size = shape
+    samples, channels, size, _ = shape
     slabs = -(-channels // slab)
     begin, end = share(slabs, thread, threads) * slab, share(slabs, thread + 1, threads) * slab
     ahead = slab * size if large else 0
@@ -213,9 +214,9 @@ def backward(
 ) -> None:
     """Take the sums, if ``measure``; make dx by the sums over n, and dresidual, where present."""
     samples, channels, size = get(dimensions, 0), get(dimensions, 1), get(dimensions, 2)
-    shape = (samples, channels, size)
     elements = samples * channels * size
     numbers, wide = room(x, 4, channels), np.empty((5, channels))
+    shape = samples, channels, size, ahead_of(samples, channels, size, numbers.itemsize, core)
     bytes_ = elements * numbers.itemsize
     inputs = 3 if present(y) else 2
     large = bytes_ * (inputs + 1) > last

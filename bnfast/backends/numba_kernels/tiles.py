@@ -37,6 +37,7 @@ from bnfast.backends.numba_kernels.arithmetic import (
 from bnfast.backends.numba_kernels.compiling import inline, step
 from bnfast.backends.numba_kernels.lanes import (
     LANES,
+    PAIRED,
     cast,
     first_lanes,
     muladd,
@@ -49,13 +50,16 @@ from bnfast.backends.numba_kernels.lanes import (
 TILE = 8192
 """Elements of a tile, at most."""
 
-CHAIN = 512
+CHAIN = 1024 if PAIRED else 512
 """Elements that go through the lanes before these are emptied: 32 additions to a lane, 16 to what
-it is emptied into, 4 across lanes, each of which errs by up to half a unit; `spec.SUM_UNITS` is 32.
+it is emptied into, 5 across lanes, each of which errs by up to half a unit; `spec.SUM_UNITS` is 32.
 """
 
 AHEAD = 2048
-"""Elements by which memory is asked for ahead, into the L2 cache."""
+"""Elements by which memory is asked for ahead, into the L2 cache: not at all where an array is at
+most `UNASKED` times as large as this, where asking takes longer than waiting."""
+
+UNASKED = 4
 
 ADJACENT = 2048
 """Elements, at least, that are read or written one after the other: where runs are short, those of
@@ -73,8 +77,10 @@ def tiles_of(samples, size):
 
 
 @inline
-def ahead_of(samples, channels, size):
-    """Return `AHEAD`, in whole runs where these are shorter."""
+def ahead_of(samples, channels, size, itemsize, core):
+    """Return how far ahead memory is asked for: `AHEAD`, in whole runs where these are shorter."""
+    if samples * channels * size * itemsize <= UNASKED * core:
+        return 0
     return AHEAD if size >= AHEAD else min(AHEAD // size, samples) * channels * size
 
 
@@ -85,7 +91,7 @@ def next_needed(shape, ahead, at, offset):
     That is ``ahead`` elements on in the channel, in one of the next runs; after its last run comes
     the first run of the next channel.
     """
-    samples, channels, size = shape
+    samples, channels, size, _ = shape
     if size >= AHEAD and offset + ahead >= size:
         ahead += channels * size - size
     beyond = at + ahead >= samples * channels * size
@@ -95,7 +101,8 @@ def next_needed(shape, ahead, at, offset):
 @inline
 def chain_of(length):
     """Return how many runs, and how many elements of each, go through the lanes at a time."""
-    return max(1, CHAIN // length), min(length, CHAIN)
+    pieces = -(-length // CHAIN)
+    return max(1, CHAIN // length), -(-length // (pieces * LANES)) * LANES
 
 
 @inline
@@ -132,7 +139,7 @@ def first_mean(x, start, runs, stride, length):
 @inline
 def tile_at(shape, c, tile):
     """Return where a tile starts, its runs, and their length."""
-    samples, channels, size = shape
+    samples, channels, size, _ = shape
     runs, length, across, _ = tiles_of(samples, size)
     group, piece = tile // across, tile % across
     start = (group * runs * channels + c) * size + piece * length
@@ -140,34 +147,49 @@ def tile_at(shape, c, tile):
 
 
 @inline
+def steps_of(first, length):
+    """Return where in a run pairs of steps end, and where whole steps do."""
+    pairs = length // (2 * LANES) if PAIRED else 0
+    return first + pairs * 2 * LANES, first + length // LANES * LANES
+
+
+@inline
 def measure_piece(x, shape, start, offset, runs, length, far, center):
     """Return the sums of deviations and of their squares over pieces of runs."""
     stride = shape[1] * shape[2]
-    deviations = zeros()
-    squares = zeros()
+    deviations, odd_deviations = zeros(), zeros()
+    squares, odd_squares = zeros(), zeros()
     for first in range(start, start + runs * stride, stride):
         stop = first + length
-        whole = stop - length % LANES
+        paired, whole = steps_of(first, length)
         ahead = next_needed(shape, far, first, offset)
-        for i in range(first, whole, LANES):
-            prefetch(x, i + ahead)
+        for i in range(first, paired, 2 * LANES):
+            if ahead != 0:
+                prefetch(x, i + ahead)
+                prefetch(x, i + ahead + LANES)
+            d, odd = load_wide(x, i) - center, load_wide(x, i + LANES) - center
+            deviations, odd_deviations = deviations + d, odd_deviations + odd
+            squares, odd_squares = muladd(d, d, squares), muladd(odd, odd, odd_squares)
+        for i in range(paired, whole, LANES):
+            if ahead != 0:
+                prefetch(x, i + ahead)
             d = load_wide(x, i) - center
             deviations = deviations + d
             squares = muladd(d, d, squares)
         if whole < stop:
             d = cast(load_some(x, whole, stop - whole), squares) - center
             d = first_lanes(stop - whole, d, 0.0)
-            deviations = deviations + d
-            squares = muladd(d, d, squares)
-    return deviations, squares
+            odd_deviations = odd_deviations + d
+            odd_squares = muladd(d, d, odd_squares)
+    return deviations + odd_deviations, squares + odd_squares
 
 
 @step
 def measure_tiles(x, shape, tile, begin, end, moments, scratch):
     """Measure one tile of each of some adjacent channels: a first mean, its error, m2, count."""
-    samples, channels, size = shape
+    _, channels, size, far = shape
     start, runs, length = tile_at(shape, begin, tile)
-    stride, into, far = channels * size, start % size, ahead_of(samples, channels, size)
+    stride, into = channels * size, start % size
     for c in range(begin, end):
         at = start + (c - begin) * size
         moments[c, tile, 0] = first_mean(x, at, runs, stride, length)
@@ -256,15 +278,29 @@ def sum_piece(dy, x, y, shape, start, offset, runs, length, far, center):
     """Return the sums of g and of g * (x - mean) over pieces of runs."""
     stride = shape[1] * shape[2]
     relu = present(y)
-    plain = zeros()
-    products = zeros()
+    plain, odd_plain = zeros(), zeros()
+    products, odd_products = zeros(), zeros()
     for first in range(start, start + runs * stride, stride):
         stop = first + length
-        whole = stop - length % LANES
+        paired, whole = steps_of(first, length)
         ahead = next_needed(shape, far, first, offset)
-        for i in range(first, whole, LANES):
-            prefetch(dy, i + ahead)
-            prefetch(x, i + ahead)
+        for i in range(first, paired, 2 * LANES):
+            if ahead != 0:
+                prefetch(dy, i + ahead)
+                prefetch(x, i + ahead)
+                prefetch(dy, i + ahead + LANES)
+                prefetch(x, i + ahead + LANES)
+            g, odd = load_wide(dy, i), load_wide(dy, i + LANES)
+            if relu:
+                g = where_positive(load(y, i), g)
+                odd = where_positive(load(y, i + LANES), odd)
+            plain, odd_plain = plain + g, odd_plain + odd
+            products = muladd(g, load_wide(x, i) - center, products)
+            odd_products = muladd(odd, load_wide(x, i + LANES) - center, odd_products)
+        for i in range(paired, whole, LANES):
+            if ahead != 0:
+                prefetch(dy, i + ahead)
+                prefetch(x, i + ahead)
             g = load_wide(dy, i)
             if relu:
                 g = where_positive(load(y, i), g)
@@ -275,18 +311,18 @@ def sum_piece(dy, x, y, shape, start, offset, runs, length, far, center):
             g = cast(load_some(dy, whole, count), plain)
             if relu:
                 g = where_positive(load_some(y, whole, count), g)
-            plain = plain + g
+            odd_plain = odd_plain + g
             d = cast(load_some(x, whole, count), plain) - center
-            products = muladd(g, first_lanes(count, d, 0.0), products)
-    return plain, products
+            odd_products = muladd(g, first_lanes(count, d, 0.0), odd_products)
+    return plain + odd_plain, products + odd_products
 
 
 @step
 def sum_tiles(dy, x, y, shape, tile, begin, end, mean, sums, scratch):
     """Sum g and g * (x - mean) over one tile of each of some adjacent channels."""
-    samples, channels, size = shape
+    _, channels, size, far = shape
     start, runs, length = tile_at(shape, begin, tile)
-    stride, into, far = channels * size, start % size, ahead_of(samples, channels, size)
+    stride, into = channels * size, start % size
     scratch[:] = 0.0
     group, piece = chain_of(length)
     for run in range(0, runs, group):
