@@ -49,6 +49,9 @@ from bnfast.backends.numba_kernels.walks import (
     stretch,
 )
 
+NOT_AHEAD = np.intp(0)
+"""Of the type of other distances: for a constant, Numba would compile the walks once more."""
+
 CYCLES = 4
 """Samples from which on short runs are worth a table of the numbers of a whole sample."""
 
@@ -86,9 +89,9 @@ def train_share(
     scratch = scratch_of(shape)
     for first in range(begin, min(end, channels), slab):
         stop = min(first + slab, channels)
-        for c in range(first, stop, side_by_side(shape)):
+        for c in range(first, stop, side_by_side(channels, size)):
             for tile in range(moments.shape[1]):
-                end_ = min(c + side_by_side(shape), stop)
+                end_ = min(c + side_by_side(channels, size), stop)
                 measure_tiles(x, shape, tile, c, end_, moments, scratch)
         for c in range(first, stop):
             merge_tiles(moments, c, mean, m2)
@@ -159,7 +162,7 @@ def forward(
         return
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
-        normalize_by_runs(x, residual, y, begin, end, size, numbers, wide, safe, relu, past, 0)
+        normalize_by_runs(x, residual, y, begin, end, size, numbers, wide, safe, relu, past, NOT_AHEAD)
         fence()
 
 
@@ -177,9 +180,9 @@ def backward_share(
     n = float(samples * size)
     for first in range(begin, min(end, channels), slab):
         stop = min(first + slab, channels)
-        for c in range(first, stop, side_by_side(shape)):
+        for c in range(first, stop, side_by_side(channels, size)):
             for tile in range(sums.shape[1]):
-                end_ = min(c + side_by_side(shape), stop)
+                end_ = min(c + side_by_side(channels, size), stop)
                 sum_tiles(dy, x, y, shape, tile, c, end_, mean, sums, scratch)
         for c in range(first, stop):
             add_tiles(sums, c, invstd, sum_dy, sum_dy_xhat)
@@ -251,5 +254,5 @@ def backward(
         return
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
-        gradient_by_runs(dy, x, y, dx, dresidual, begin, end, size, numbers, wide, safe, past, 0)
+        gradient_by_runs(dy, x, y, dx, dresidual, begin, end, size, numbers, wide, safe, past, NOT_AHEAD)
         fence()

@@ -55,6 +55,10 @@ CHAIN = 1024 if PAIRED else 512
 it is emptied into, 5 across lanes, each of which errs by up to half a unit; `spec.SUM_UNITS` is 32.
 """
 
+RUNS = 4
+"""Runs that go through the lanes, at most, unless they are shorter than these: more of them, and
+memory is read less in order."""
+
 AHEAD = 2048
 """Elements by which memory is asked for ahead, into the L2 cache: not at all where an array is at
 most `UNASKED` times as large as this, where asking takes longer than waiting."""
@@ -78,10 +82,15 @@ def tiles_of(samples, size):
 
 @inline
 def ahead_of(samples, channels, size, itemsize, core):
-    """Return how far ahead memory is asked for: `AHEAD`, in whole runs where these are shorter."""
+    """Return how far ahead memory is asked for: `AHEAD` on the way, in whole runs of a channel
+    where these are shorter, and at least those that are next.
+    """
     if samples * channels * size * itemsize <= UNASKED * core:
         return 0
-    return AHEAD if size >= AHEAD else min(AHEAD // size, samples) * channels * size
+    if size >= AHEAD:
+        return AHEAD
+    runs = max(-(-AHEAD // (side_by_side(channels, size) * size)), chain_of(size)[0])
+    return min(runs, samples) * channels * size
 
 
 @inline
@@ -89,20 +98,22 @@ def next_needed(shape, ahead, at, offset):
     """Return how far from an element, ``offset`` into its run, to ask for memory.
 
     That is ``ahead`` elements on in the channel, in one of the next runs; after its last run comes
-    the first run of the next channel.
+    the first run of the channel that is next in its place.
     """
     samples, channels, size, _ = shape
     if size >= AHEAD and offset + ahead >= size:
         ahead += channels * size - size
     beyond = at + ahead >= samples * channels * size
-    return ahead + size - samples * channels * size if beyond else ahead
+    next_ = side_by_side(channels, size) * size - samples * channels * size
+    return ahead + next_ if beyond else ahead
 
 
 @inline
 def chain_of(length):
     """Return how many runs, and how many elements of each, go through the lanes at a time."""
     pieces = -(-length // CHAIN)
-    return max(1, CHAIN // length), -(-length // (pieces * LANES)) * LANES
+    runs = max(1, min(CHAIN // length, RUNS if length >= LANES else CHAIN))
+    return runs, -(-length // (pieces * LANES)) * LANES
 
 
 @inline
@@ -231,16 +242,16 @@ def totals_of(scratch, index):
 @inline
 def scratch_of(shape):
     """Return room for the sums of as many channels as are measured side by side."""
-    return np.empty((side_by_side(shape), 2 * LANES))
+    return np.empty((side_by_side(shape[1], shape[2]), 2 * LANES))
 
 
 @inline
-def side_by_side(shape):
+def side_by_side(channels, size):
     """Return how many channels of a tile are measured at a time: where runs are short, many.
 
     Channel by channel, runs of 49 elements would be read from places that are far apart.
     """
-    return max(1, min(ADJACENT // shape[2], shape[1]))
+    return max(1, min(ADJACENT // size, channels))
 
 
 @step
@@ -252,7 +263,7 @@ def measure_share(x, shape, moments, thread, threads):
     unit, last = share(units, thread, threads), share(units, thread + 1, threads)
     while unit < last:
         tile, c = unit // channels, unit % channels
-        stop = min(c + side_by_side(shape), channels, c + last - unit)
+        stop = min(c + side_by_side(channels, shape[2]), channels, c + last - unit)
         measure_tiles(x, shape, tile, c, stop, moments, scratch)
         unit += stop - c
 
@@ -349,7 +360,7 @@ def sum_share(dy, x, y, shape, mean, sums, thread, threads):
     unit, last = share(units, thread, threads), share(units, thread + 1, threads)
     while unit < last:
         tile, c = unit // channels, unit % channels
-        stop = min(c + side_by_side(shape), channels, c + last - unit)
+        stop = min(c + side_by_side(channels, shape[2]), channels, c + last - unit)
         sum_tiles(dy, x, y, shape, tile, c, stop, mean, sums, scratch)
         unit += stop - c
 

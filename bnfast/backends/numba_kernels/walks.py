@@ -156,6 +156,8 @@ def walks(make, write, ask):
                 count = min(count if count > 0 else LANES, stop - i)
                 after = c + 1 if c + 1 < channels else 0
                 both = joined(edge - i, numbers_of(numbers, c), numbers_of(numbers, after))
+                if ahead != 0:
+                    ask(arrays, i + ahead)
                 write(arrays, i, count, make(arrays, i, count, both), past)
                 i += count
                 count = 0
