@@ -7,7 +7,7 @@ that a kernel allocated may stand for its address.
 
     present(x)                       whether x is not absent
     same(x, y)                       whether two addresses are equal
-    is_double(x)                     whether x is of float64: a constant to the optimiser
+    itemsize_of(x)                   the bytes of an element: a constant to the optimiser
     room(x, rows, columns)           a new array of the dtype of x
     load(x, i)                       x[i : i+16]
     load_wide(x, i)                  the same in float64
@@ -130,14 +130,13 @@ def same(typingctx, x, y):
 
 
 @intrinsic
-def is_double(typingctx, x):
-    """Return whether the elements are float64."""
-    double = x.dtype == types.float64
+def itemsize_of(typingctx, x):
+    """Return the bytes of an element."""
 
     def codegen(context, builder, sig, args):
-        return context.get_constant(types.boolean, double)
+        return I64(sig.args[0].dtype.bitwidth // 8)
 
-    return types.boolean(x), codegen
+    return types.intp(x), codegen
 
 
 def room(x, rows, columns):

@@ -19,7 +19,7 @@ import numpy as np
 
 from bnfast.backends.numba_kernels.addresses import (
     get,
-    is_double,
+    itemsize_of,
     load,
     load_some,
     load_wide,
@@ -141,7 +141,7 @@ def first_mean(x, start, runs, stride, length):
     deviations are exact in float64, and what one outlier among these can cost (10 bits) leaves m2
     within `spec.M2_RELATIVE_FLOAT32`.
     """
-    if is_double(x):
+    if itemsize_of(x) == 8:
         return total_of(x, start, runs, stride, length) / (runs * length)
     some = min(length, LANES)
     return total(cast(load_some(x, start, some), 0.0)) / some
