@@ -43,10 +43,12 @@ from numba.extending import models, register_model
 
 LANES = 16
 
+_config: Any = config  # which does not declare its settings to type checkers
+
 
 def instruction_set() -> str:
     """Return the widest vector extension that Numba compiles for here."""
-    features = config.CPU_FEATURES  # what the user set, else None
+    features = _config.CPU_FEATURES  # what the user set, else None
     if features is None:
         features = binding.get_host_cpu_features().flatten()
     present = features.split(",")

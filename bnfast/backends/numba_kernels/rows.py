@@ -162,7 +162,9 @@ def forward(
         return
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
-        normalize_by_runs(x, residual, y, begin, end, size, numbers, wide, safe, relu, past, NOT_AHEAD)
+        normalize_by_runs(
+            x, residual, y, begin, end, size, numbers, wide, safe, relu, past, NOT_AHEAD
+        )
         fence()
 
 
@@ -254,5 +256,7 @@ def backward(
         return
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
-        gradient_by_runs(dy, x, y, dx, dresidual, begin, end, size, numbers, wide, safe, past, NOT_AHEAD)
+        gradient_by_runs(
+            dy, x, y, dx, dresidual, begin, end, size, numbers, wide, safe, past, NOT_AHEAD
+        )
         fence()

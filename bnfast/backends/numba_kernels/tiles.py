@@ -60,10 +60,11 @@ RUNS = 4
 memory is read less in order."""
 
 AHEAD = 2048
-"""Elements by which memory is asked for ahead, into the L2 cache: not at all where an array is at
-most `UNASKED` times as large as this, where asking takes longer than waiting."""
+"""Elements by which memory is asked for ahead, into the L2 cache."""
 
 UNASKED = 4
+"""Times the size of that cache up to which nothing is asked for: it would take longer than it
+saves."""
 
 ADJACENT = 2048
 """Elements, at least, that are read or written one after the other: where runs are short, those of
@@ -82,8 +83,9 @@ def tiles_of(samples, size):
 
 @inline
 def ahead_of(samples, channels, size, itemsize, core):
-    """Return how far ahead memory is asked for: `AHEAD` on the way, in whole runs of a channel
-    where these are shorter, and at least those that are next.
+    """Return how far ahead memory is asked for: `AHEAD` elements as they are read.
+
+    Where the runs of a channel are shorter: so many whole runs, and at least those that are next.
     """
     if samples * channels * size * itemsize <= UNASKED * core:
         return 0
