@@ -119,19 +119,31 @@ def chain_of(length):
 
 
 @inline
+def steps_of(first, length):
+    """Return where in a run pairs of steps end, and where whole steps do."""
+    pairs = length // (2 * LANES) if PAIRED else 0
+    return first + pairs * 2 * LANES, first + length // LANES * LANES
+
+
+@inline
 def total_of(x, start, runs, stride, length):
     """Return the sum over a tile."""
     sums = zeros()
     group, piece = chain_of(length)
     for run in range(0, runs, group):
         for first in range(0, length, piece):
-            some = zeros()
+            some, odd = zeros(), zeros()
+            count = min(piece, length - first)
             for r in range(run, min(run + group, runs)):
                 begin = start + r * stride + first
-                end = begin + min(piece, length - first)
-                for i in range(begin, end, LANES):
-                    some = some + cast(load_some(x, i, min(end - i, LANES)), some)
-            sums = sums + some
+                paired, whole = steps_of(begin, count)
+                for i in range(begin, paired, 2 * LANES):
+                    some, odd = some + load_wide(x, i), odd + load_wide(x, i + LANES)
+                for i in range(paired, whole, LANES):
+                    some = some + load_wide(x, i)
+                if whole < begin + count:
+                    odd = odd + cast(load_some(x, whole, begin + count - whole), odd)
+            sums = sums + (some + odd)
     return total(sums)
 
 
@@ -157,13 +169,6 @@ def tile_at(shape, c, tile):
     group, piece = tile // across, tile % across
     start = (group * runs * channels + c) * size + piece * length
     return start, min(runs, samples - group * runs), min(length, size - piece * length)
-
-
-@inline
-def steps_of(first, length):
-    """Return where in a run pairs of steps end, and where whole steps do."""
-    pairs = length // (2 * LANES) if PAIRED else 0
-    return first + pairs * 2 * LANES, first + length // LANES * LANES
 
 
 @inline
