@@ -299,12 +299,12 @@ def test_number_may_change_between_claim_and_release():
 
 
 def test_lock_is_free_after_a_kernel_raised():
-    x = np.ones((1, 1, 256, 256), np.float32)
+    x = np.ones((1, 1, 512, 512), np.float32)
     assert x.size >= LARGE
     bn = bnfast.BatchNorm2d(1)
     with bnfast.use_num_threads(4):
         with pytest.raises(ValueError, match="channels"):
-            bn(np.ones((1, 2, 256, 256), np.float32))
+            bn(np.ones((1, 2, 512, 512), np.float32))
         bn(x)
         assert threads.claim(LARGE) == 4
         threads.release(4)
