@@ -114,6 +114,14 @@ def pack(vector: Any, default: float, channels: int, name: str) -> Channels:
     return array.astype(FLOAT64)
 
 
+def as_channels(vector: Any, channels: int, name: str) -> Channels:
+    """Return a vector as the kernels want it: itself, if it is that already; else as `pack`."""
+    array = as_array(vector)
+    if array.dtype is FLOAT64 and array.shape == (channels,) and array.flags.carray:
+        return array
+    return pack(array, 0.0, channels, name)
+
+
 def check_vector(array: np.ndarray[Any, Any], channels: int, name: str) -> None:
     """Raise unless ``array`` is a vector of ``channels`` real numbers.
 
@@ -135,7 +143,8 @@ def invstd(m2: Channels, count: int, eps: float) -> Channels:
 
 def _invstd(m2: Channels, count: int, eps: float) -> Channels:
     # Arrays of no dimensions: with Python's numbers, each operation takes twice the time.
-    n, n_eps = np.array(float(count)), np.array(count * eps)
+    # An eps of NumPy's float32 would round its product, and one of float16 overflow.
+    n, n_eps = np.array(float(count)), np.array(count * float(eps))
     result: Channels = np.sqrt(n / (m2 + n_eps))
     return result
 

@@ -247,14 +247,12 @@ def batch_norm_backward(
     if relu and y is None:
         raise ValueError('activation="relu" needs y, the output of the forward call')
     packed_weight = channels.pack(weight, 1.0, count, "weight")
-    packed_mean = channels.pack(channels.as_array(mean), 0.0, count, "mean")
-    packed_invstd = channels.pack(channels.as_array(invstd), 1.0, count, "invstd")
     return backward_packed(
         dy,
         x,
         y if relu else None,
-        packed_mean,
-        packed_invstd,
+        channels.as_channels(mean, count, "mean"),
+        channels.as_channels(invstd, count, "invstd"),
         packed_weight,
         training,
         residual,
@@ -390,7 +388,7 @@ def backward_packed(
     y_form = kernels.view(check_like(y, x, "y"), plan) if relu else None
     if out is not None:
         check_out(out, plan, may_be={"dy": dy})
-        check_apart(out, {"x": x, "y": y})
+        check_apart(out, {"x": x, "y": y, "mean": mean, "invstd": invstd})
     dx, dx_form = _destination(out, plan, kernels, x)
     dresidual = kernels.empty(plan, like=x) if want_residual else None
     dresidual_form = None if dresidual is None else kernels.view(dresidual, plan)

@@ -90,6 +90,26 @@ def test_pack():
         np.testing.assert_array_equal(packed, expected)
 
 
+def test_a_vector_that_is_ready_is_not_copied(rng):
+    ready = rng.normal(size=5)
+    assert channels.as_channels(ready, 5, "mean") is ready
+    read_only = ready.copy()
+    read_only.flags.writeable = False
+    for other in (
+        ready[::-1],
+        ready.astype(">f8"),
+        ready.astype(np.float32),
+        list(ready),
+        read_only,
+    ):
+        packed = channels.as_channels(other, 5, "mean")
+        assert packed.dtype == np.float64
+        assert packed.flags.carray
+        np.testing.assert_array_equal(packed, np.asarray(other, np.float64))
+    with pytest.raises(ValueError, match="mean should contain 4 elements not 5"):
+        channels.as_channels(ready, 4, "mean")
+
+
 def test_real_dtypes():
     for name in "e f d g b B i I q Q".split():
         channels.check_vector(np.empty(3, name), 3, "weight")
@@ -141,7 +161,7 @@ def test_invstd_is_silent_where_there_is_no_variance():
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1000, 2**40])
-@pytest.mark.parametrize("eps", [1e-12, 1e-5, 1.0])
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, 1.0, np.float32(1e-5), np.float16(1e-5)])
 def test_invstd(rng, count, eps):
     m2 = rng.uniform(0, 4, 5) * count
     exact = 1 / np.sqrt(m2.astype(np.longdouble) / max(count, 1) + np.longdouble(eps))

@@ -45,6 +45,19 @@ def test_out_that_holds_running_statistics(scene, name, places):
     )
 
 
+@pytest.mark.parametrize("name", ["mean", "invstd"])
+def test_dx_that_holds_the_statistics(rng, scene, name):
+    """Vectors of float64 are not copied on their way to the kernels."""
+    x, dy, out = rng.normal(3, 2, (3, *SHAPE))
+    statistics = {"mean": np.zeros(3), "invstd": np.ones(3), name: out.reshape(-1)[5:8]}
+    expect(
+        scene,
+        lambda: F.batch_norm_backward(dy, x, None, **statistics, out=out),
+        ValueError,
+        f"out overlaps {name}",
+    )
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("axis", range(4))
 def test_out_with_repeated_elements(scene, axis, training):

@@ -35,42 +35,53 @@ class TestCython(KernelConformance):
     fma = has_fma("cython")
 
 
-class Variant(KernelConformance):
-    """A backend on a lower instruction set, or as if the caches were tiny: every array is large."""
-
-    level: ClassVar[str | None] = None
+class SmallCaches(KernelConformance):
+    """A backend as if the caches were tiny: every array is large."""
 
     @pytest.fixture(autouse=True)
-    def as_variant(self, kernels):
-        highest = kernels.instruction_set()
-        if self.level is not None:
-            kernels.limit_instruction_set(self.level)
-            if kernels.instruction_set() != self.level:
-                kernels.limit_instruction_set(highest)
-                pytest.skip(f"this CPU has {highest} at most")
+    def small_caches(self, kernels):
         kernels.assume_caches(2048, 4096)
         yield
         kernels.assume_caches(*caches.sizes())
+
+
+class LowerLevel(SmallCaches):
+    """The same on a lower instruction set."""
+
+    level: ClassVar[str]
+
+    @pytest.fixture(autouse=True)
+    def lower_level(self, kernels):
+        highest = kernels.instruction_set()
+        kernels.limit_instruction_set(self.level)
+        if kernels.instruction_set() != self.level:
+            kernels.limit_instruction_set(highest)
+            pytest.skip(f"this CPU has {highest} at most")
+        yield
         kernels.limit_instruction_set(highest)
 
 
-class TestCythonSmallCaches(Variant):
+class TestCythonSmallCaches(SmallCaches):
     backend = "cython"
     fma = has_fma("cython")
 
 
-class TestCythonV3SmallCaches(Variant):
+class TestCythonV3SmallCaches(LowerLevel):
     backend = "cython"
     level = "x86-64-v3"
 
 
-class TestCythonBaselineSmallCaches(Variant):
+class TestCythonBaselineSmallCaches(LowerLevel):
     backend = "cython"
     level = "baseline"
     fma = platform.machine().lower() not in ("x86_64", "amd64")
 
 
 class TestNumba(KernelConformance):
+    backend = "numba"
+
+
+class TestNumbaSmallCaches(SmallCaches):
     backend = "numba"
 
 

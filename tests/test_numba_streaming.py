@@ -6,6 +6,8 @@ In place nothing is streamed, so the in-place call on a copy is what the streame
 import numpy as np
 import pytest
 
+from bnfast.backends import caches
+
 numba_parallel = pytest.importorskip(
     "bnfast.backends.numba_parallel", reason="Numba is not installed"
 )
@@ -24,9 +26,16 @@ def at_offset(values, offset):
     return copy
 
 
+@pytest.fixture(autouse=True)
+def caches_of_32_kib():
+    numba_parallel.assume_caches(4 << 10, 32 << 10)
+    yield
+    numba_parallel.assume_caches(*caches.sizes())
+
+
 def large(rng, form, dtype):
-    """Return an array that with its output outgrows 32 MiB, of samples or rows of a form."""
-    samples = (16 << 20) // np.dtype(dtype).itemsize // int(np.prod(form)) + 3
+    """Return an array that alone outgrows the caches, of samples or rows of a form."""
+    samples = (1 << 20) // np.dtype(dtype).itemsize // int(np.prod(form)) + 3
     return rng.normal(3, 2, (samples, *form)).astype(dtype)
 
 

@@ -1,55 +1,153 @@
-"""Large channels-last outputs are written past the cache, in whole lines, with the same bits.
+"""Outputs that exceed the caches are written past them, in whole lines, with the same bits.
 
-In place nothing is streamed, so the in-place call on a copy is what the streamed one must equal.
+Caches are assumed to be tiny, so that small arrays go that way. In place nothing is streamed: the
+in-place call on a copy is what the streamed one must equal. Outputs begin anywhere in a cache line,
+and nothing around them may change.
 """
 
-import itertools
+from __future__ import annotations
 
 import numpy as np
 import pytest
+
+from bnfast.backends import caches
 
 cython_openmp = pytest.importorskip(
     "bnfast.backends.cython_openmp", reason="the extension was not built"
 )
 
 LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
+AROUND = 0xA5  # a byte that no result is likely to repeat over 64 bytes
+
+# Channels-first: runs of less than a line, of a line, a little more, of lines and a rest, and so
+# long that they are cut. Channels-last: rows of a few channels, which are folded, with and without
+# rows left over; whole lines; lines and a rest; more columns than a sum takes at once.
+FORMS = [
+    (9, 5, 15),
+    (7, 6, 16),
+    (9, 70, 17),
+    (8, 67, 49),
+    (3, 9, 196),
+    (2, 3, 4999),
+    (1025, 1),
+    (4099, 3),
+    (515, 64),
+    (401, 67),
+    (67, 1030),
+]
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=LEVELS, autouse=True)
 def level(request):
     best = cython_openmp.instruction_set()
     cython_openmp.limit_instruction_set(request.param)
     if cython_openmp.instruction_set() != request.param:
         cython_openmp.limit_instruction_set(best)
         pytest.skip(f"this CPU does not run {request.param}")
+    cython_openmp.assume_caches(2048, 4096)
     yield request.param
+    cython_openmp.assume_caches(*caches.sizes())
     cython_openmp.limit_instruction_set(best)
 
 
-def at_offset(values, offset):
-    """Return a copy that begins ``offset`` elements behind the start of a cache line."""
-    room = np.empty(values.nbytes + 128, np.uint8)
-    start = -room.ctypes.data % 64 + offset * values.itemsize
-    copy = room[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
-    copy[...] = values
-    return copy
+class Output:
+    """An array that begins ``offset`` elements into a cache line, and what is around it."""
+
+    def __init__(self, like, offset):
+        self.room = np.full(like.nbytes + 256, AROUND, np.uint8)
+        self.start = -self.room.ctypes.data % 64 + 64 + offset * like.itemsize
+        self.end = self.start + like.nbytes
+        self.array = self.room[self.start : self.end].view(like.dtype).reshape(like.shape)
+        self.array[...] = np.nan
+
+    def assert_equal(self, expected):
+        """The array has these bits, and nothing around it was written to."""
+        bits = f"u{expected.itemsize}"
+        np.testing.assert_array_equal(self.array.view(bits), expected.view(bits))
+        assert (self.room[: self.start] == AROUND).all()
+        assert (self.room[self.end :] == AROUND).all()
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("width", [67, 64, 1, 1030])
-def test_streamed_output_has_the_bits_of_the_ordinary_one(rng, level, width, dtype):
-    rows = (16 << 20) // np.dtype(dtype).itemsize // width + 3
-    x = rng.normal(3, 2, (rows, width)).astype(dtype)
-    residual = rng.normal(size=x.shape).astype(dtype)
-    mean, bias = rng.normal(size=(2, width))
-    var, weight = rng.uniform(0.5, 2, (2, width))
-    given = (mean, var, weight, bias, 1e-5)
-    for offset, (add, relu) in zip(
-        rng.permutation(8)[:4], itertools.product((False, True), repeat=2), strict=True
-    ):
-        y = at_offset(np.full_like(x, np.nan), int(offset))
-        other = residual if add else None
-        cython_openmp.normalize(x, *given, other, y=y, relu=relu, num_threads=2)
-        ordinary = x.copy()
-        cython_openmp.normalize(ordinary, *given, other, y=ordinary, relu=relu, num_threads=2)
-        np.testing.assert_array_equal(y, ordinary)
+@pytest.fixture(params=FORMS, ids=str)
+def form(request):
+    return request.param
+
+
+@pytest.fixture(params=[np.float32, np.float64])
+def case(request, rng, form):
+    """Random inputs of a form, some of whose channels are too large or too small for float32."""
+    channels = form[1]
+    given = {
+        "x": rng.normal(3, 2, form).astype(request.param),
+        "other": rng.normal(size=form).astype(request.param),
+        "mean": rng.normal(3, 1, channels),
+        "var": rng.uniform(0.5, 2, channels),
+        "weight": rng.uniform(0.5, 2, channels),
+        "bias": rng.normal(size=channels),
+    }
+    if channels > 3 and rng.random() < 0.5:
+        given["weight"][rng.permutation(channels)[:2]] = 2.0**101, 2.0**-120
+    return given
+
+
+def outputs(rng, like):
+    """Yield an output at each of a few offsets, and whether to add a residual and apply ReLU."""
+    for add, relu in ((False, False), (False, True), (True, False), (True, True)):
+        yield Output(like, int(rng.integers(64 // like.itemsize))), add, relu
+
+
+def test_normalize(rng, case):
+    given = case["mean"], case["var"], case["weight"], case["bias"], 1e-5
+    for y, add, relu in outputs(rng, case["x"]):
+        other = case["other"] if add else None
+        cython_openmp.normalize(case["x"], *given, other, y=y.array, relu=relu, num_threads=2)
+        ordinary = case["x"].copy()
+        cython_openmp.normalize(ordinary, *given, other, y=ordinary, relu=relu, num_threads=1)
+        y.assert_equal(ordinary)
+        if add:
+            summand = case["other"].copy()
+            cython_openmp.normalize(case["x"], *given, summand, y=summand, relu=relu, num_threads=1)
+            y.assert_equal(summand)
+
+
+def test_train(rng, case):
+    for y, add, relu in outputs(rng, case["x"]):
+        given = case["weight"], case["bias"], 1e-5, case["other"] if add else None
+        statistics = [np.full((2, case["mean"].size), np.nan) for _ in range(2)]
+        ordinary = case["x"].copy()
+        for x, out, (mean, m2), threads in (
+            (case["x"], y.array, statistics[0], 2),
+            (ordinary, ordinary, statistics[1], 1),
+        ):
+            cython_openmp.train(x, *given, y=out, mean=mean, m2=m2, relu=relu, num_threads=threads)
+        y.assert_equal(ordinary)
+        np.testing.assert_array_equal(*statistics)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_backward(rng, case, fused):
+    for dx, add, relu in outputs(rng, case["x"]):
+        mask = np.maximum(rng.normal(size=case["x"].shape), 0).astype(case["x"].dtype)
+        given = case["x"], mask if relu else None, case["mean"], 1 / np.sqrt(case["var"])
+        sums = rng.normal(size=(2, case["mean"].size))
+        found = [sums.copy() for _ in range(2)]
+        in_place = case["other"].copy()
+        dresidual = Output(case["x"], int(rng.integers(64 // case["x"].itemsize)))
+        passed_on = np.where(mask > 0, case["other"], 0) if relu else case["other"]
+        for dy, out, further, (sum_dy, sum_dy_xhat), threads in (
+            (case["other"], dx.array, dresidual.array if add else None, found[0], 2),
+            (in_place, in_place, None, found[1], 1),
+        ):
+            wanted = {"dx": out, "dresidual": further, "relu": relu, "num_threads": threads}
+            if fused:
+                cython_openmp.backward(
+                    dy, *given, case["weight"], sum_dy=sum_dy, sum_dy_xhat=sum_dy_xhat, **wanted
+                )
+            else:
+                cython_openmp.backward_input(
+                    dy, *given, case["weight"], sum_dy, sum_dy_xhat, dx.array.size, **wanted
+                )
+        dx.assert_equal(in_place)
+        np.testing.assert_array_equal(*found)
+        if add:
+            dresidual.assert_equal(passed_on)

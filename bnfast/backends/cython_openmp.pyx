@@ -23,7 +23,7 @@ cdef extern from "kernels/tasks.h" nogil:
     ctypedef struct bn_cut:
         Py_ssize_t count
     ctypedef struct bn_call:
-        Py_ssize_t channels, rows, spans, slabs
+        Py_ssize_t inner, rows, spans, slabs
         bn_cut tiles, units
         const char *x
         const char *residual
@@ -95,10 +95,7 @@ OPENMP = bool(BN_OPENMP)
 CYTHON_VERSION = ".".join([str(CYTHON_HEX_VERSION >> shift & 255) for shift in (24, 16, 8)])
 
 cdef tuple LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
-cdef int level
-
-
-level = bn_highest_level()
+cdef int level = bn_highest_level()
 
 
 def limit_instruction_set(name):
@@ -200,8 +197,12 @@ cdef int start(
 
 
 cdef inline bint keeps_channels_whole(const bn_call *call, int num_threads) noexcept nogil:
-    """Whether each channel is best done by one thread, in its cache: not if threads would idle."""
-    if call.slabs == 0:
+    """Whether each channel is best done by one thread, in its cache.
+
+    Not if threads would idle; and not for short runs that the last-level cache holds, where one
+    pass over all is better foreseen than one over slabs (7x7 planes, training: 1.15 times).
+    """
+    if call.slabs == 0 or call.inner < 128 and not call.large:
         return False
     return call.slabs % num_threads == 0 or call.slabs >= 8 * num_threads
 

@@ -22,14 +22,16 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import binding
 
+from bnfast.backends import caches
 from bnfast.backends.host_arrays import accepts, empty, view
 from bnfast.backends.numba_kernels import columns, compiling, rows, team
+from bnfast.backends.numba_kernels.lanes import instruction_set
 from bnfast.spec import Channels, Floats
 
 __all__ = [
     "accepts",
+    "assume_caches",
     "backward",
     "backward_input",
     "backward_sums",
@@ -46,6 +48,7 @@ _FORMS: dict[int, ModuleType] = {3: rows, 2: columns}
 _FLOAT64 = np.dtype(np.float64)
 _serial_only = False
 _numba: Any = numba  # which does not declare its public names to type checkers
+_caches = caches.sizes()
 _most_threads: int = _numba.config.NUMBA_NUM_THREADS
 
 
@@ -54,17 +57,10 @@ def unavailable() -> str | None:
     return None
 
 
-@functools.cache
-def instruction_set() -> str:
-    """Return the widest vector extension that Numba compiles for here."""
-    features = _numba.config.CPU_FEATURES  # what the user set, else None
-    if features is None:
-        features = binding.get_host_cpu_features().flatten()
-    present = features.split(",")
-    for name in ("avx512f", "avx2", "avx", "neon"):
-        if f"+{name}" in present:
-            return name
-    return "baseline"
+def assume_caches(core: int, last: int) -> None:
+    """Cut the work for caches of so many bytes; the results do not depend on it."""
+    global _caches
+    _caches = caches.Caches(core, last)
 
 
 def moments(x: Floats, *, mean: Channels, m2: Channels, num_threads: int) -> None:
@@ -187,20 +183,22 @@ def backward(
 def _run(name: str, num_threads: int, x: Floats, arguments: tuple[Any, ...]) -> None:
     """Call the build of a kernel that fits ``x`` and the number of threads."""
     if num_threads == 1 or _serial_only or _most_threads == 1:
-        _kernel(name, x.ndim, x.dtype, False)(*arguments, x, 1)
+        _kernel(name, x.ndim, x.itemsize, False)(*arguments, x, *_caches, 1)
         return
     threads = min(num_threads, _most_threads)
-    kernel = _kernel(name, x.ndim, x.dtype, True)
+    kernel = _kernel(name, x.ndim, x.itemsize, True)
     before = _exchange()(threads)
     try:
-        kernel(*arguments, x, threads)
+        kernel(*arguments, x, *_caches, threads)
     finally:
         if before != threads:
             _exchange()(before)
 
 
 @functools.cache
-def _kernel(name: str, ndim: int, dtype: np.dtype[Any], parallel: bool) -> compiling.Kernel:
+def _kernel(name: str, ndim: int, itemsize: int, parallel: bool) -> compiling.Kernel:
+    # Sizes instead of dtypes, whose hash takes 40 ns.
+    dtype = np.dtype(f"f{itemsize}")
     return compiling.build(getattr(_FORMS[ndim], name), dtype, parallel=parallel)
 
 

@@ -60,7 +60,7 @@ static int FN(find_affine)(const double *mean, const double *var, double count,
 }
 
 /* SIZE elements from x on. */
-static inline FN(vector) FN(affine_each)(const REAL *x, const REAL *residual, FN(vector) head,
+BN_INLINE FN(vector) FN(affine_each)(const REAL *x, const REAL *residual, FN(vector) head,
                                          FN(vector) scale, FN(vector) shift, const int add,
                                          const int relu)
 {
@@ -73,7 +73,7 @@ static inline FN(vector) FN(affine_each)(const REAL *x, const REAL *residual, FN
 /* One channel, or (step 1) a part of a row of channels, for constant `add` and `relu`. The end of a
    run that is no multiple of the vectors is done as one that overlaps the last full one; it is
    computed first and stored last, since y may be x or residual. */
-static inline void FN(affine_run_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+BN_INLINE void FN(affine_run_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
                                      const REAL *heads, const REAL *scales, const REAL *shifts,
                                      bn_index ahead, FN(pending) *pending, const int step,
                                      const int add, const int relu)
@@ -147,7 +147,7 @@ static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, c
 
 /* Rows of n channels, for constant `rows`, `add` and `relu`: the channel vectors are loaded once for
    all of them; in the cache, four rows take three quarters of the time of four times one. */
-static inline void FN(affine_rows_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+BN_INLINE void FN(affine_rows_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
                                       const REAL *head, const REAL *scale, const REAL *shift,
                                       const int rows, const int add, const int relu)
 {

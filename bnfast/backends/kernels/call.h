@@ -107,9 +107,9 @@ static inline bn_index bn_part(bn_index elements)
 static inline bn_index bn_ahead(const bn_call *call, bn_index ahead, bn_index length,
                                 bn_index stride)
 {
-    if (call->inner >= BN_TILE)
+    if (call->inner >= BN_TILE || call->outer == 1)
         return ahead;
-    return bn_max(call->inner < BN_SHORT ? BN_RUNS : 1, ahead / length) * stride;
+    return bn_max(call->rows ? BN_ROWS : call->inner < BN_SHORT ? BN_RUNS : 1, ahead / length) * stride;
 }
 
 /* Where part t lies: its first run, how many, its first element in each, how many. */
@@ -160,11 +160,12 @@ static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_inde
     if (bytes == 0)
         return;
     call->large = (inputs + outputs) * bytes > bn_last_cache;
+    const int nearly = (inputs + outputs) * bytes > bn_last_cache / 4 * 3;
     if (!last) {
         call->tiles = bn_cut_runs(outer, inner, BN_TILE);
         call->units = bn_cut_runs(outer * channels, inner, bn_part(outer * channels * inner));
         bn_cut_slabs(call, inputs, num_threads);
-        if (bytes > 4 * bn_core_cache)
+        if (nearly)
             call->ahead = bn_ahead(call, BN_AHEAD, call->slab * inner, channels * inner);
         return;
     }

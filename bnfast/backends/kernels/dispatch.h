@@ -11,16 +11,16 @@
 
    Elements are addressed by `char *`, so that the driver is the same for every dtype.
 
-   GCC compiles a region for an instruction set with `#pragma GCC target`; clang ignores that and
-   has its own pragma, under which the predefined macros (__AVX2__ ...) stay those of the baseline:
-   BN_LEVEL tells the kernels what they may use. Both name features, not arch=, which would take away
-   what the file is compiled for: with -march=native GCC then refuses the intrinsics. Other compilers
-   keep the baseline alone. */
+   The kernels are GNU C: vector types, which gcc and clang have. GCC compiles a region for an
+   instruction set with `#pragma GCC target`; clang ignores that and has its own pragma, under which
+   the predefined macros (__AVX2__ ...) stay those of the baseline: BN_LEVEL tells the kernels what
+   they may use. Both name features, not arch=, which would take away what the file is compiled for:
+   with -march=native GCC then refuses the intrinsics. */
 
 #ifndef BNFAST_DISPATCH_H
 #define BNFAST_DISPATCH_H
 
-#if defined(__x86_64__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 #include <math.h>
@@ -35,10 +35,11 @@ static inline bn_index bn_min(bn_index a, bn_index b) { return a < b ? a : b; }
 static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
 
 /* 16 partial sums, whatever the vector width: they fill two AVX-512 registers of doubles, four
-   AVX2, eight SSE2, and fix the order of additions for all of them. */
+   AVX2, eight SSE2. */
 #define BN_LANES 16
 
-/* Elements that go through the lanes before these are emptied: 64 additions in a row each. */
+/* Elements that go through the lanes before these are emptied: 64 additions in a row each, and
+   fewer than 128 in the last piece of a run. */
 #define BN_CHAIN 1024
 
 /* Channels whose sums are taken side by side, and runs of fewer than BN_SHORT elements that are
@@ -47,13 +48,11 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
 #define BN_RUNS 4
 #define BN_SHORT 256
 
-#if defined(__GNUC__)
 #define BN_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 #define BN_NOINLINE __attribute__((noinline))
-#else
-#define BN_PREFETCH(address) ((void)(address))
-#define BN_NOINLINE
-#endif
+#define BN_INLINE static inline __attribute__((always_inline))
+
+/* BN_INLINE marks what must be inlined for a constant argument to take effect. */
 
 /* The loop that follows may be vectorised: no iteration reads what another one writes. */
 #define BN_SIMD _Pragma("omp simd")
@@ -94,9 +93,9 @@ typedef struct {
     bn_index runs, length, stride, channels, apart;
 } bn_tile;
 
-/* What an elementwise kernel multiplies with and adds: in the dtype of x for each of `width` columns
-   of a wide row (or channels), one vector behind the other, and in double for each channel. While it
-   sends a run past the cache it asks for what lies `ahead`, if that is not 0. */
+/* What an elementwise kernel multiplies with and adds: in the dtype of x for each of `width`
+   columns of a wide row (or channels), one vector behind the other, and in double for each channel.
+   While it sends a run past the cache it asks for what lies `ahead`, if that is not 0. */
 typedef struct {
     const char *packed;
     bn_index width, channels, ahead;
@@ -190,7 +189,7 @@ static inline double bn_distance(bn_moments a, bn_moments b) { return (a.mean - 
 #undef BN_TARGET
 #undef BN_LEVEL
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__)
 #define BN_HAVE_X86_LEVELS 1
 
 #if defined(__clang__)

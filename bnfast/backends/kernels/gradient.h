@@ -6,7 +6,7 @@ static inline REAL FN(masked)(const REAL *dy, const REAL *y, bn_index i)
     return !y || y[i] > 0 ? dy[i] : 0;
 }
 
-static inline FN(vector) FN(masked_each)(const REAL *dy, const REAL *y, bn_index i)
+BN_INLINE FN(vector) FN(masked_each)(const REAL *dy, const REAL *y, bn_index i)
 {
     const FN(vector) g = FN(get)(dy + i);
     return y ? FN(where)(FN(get)(y + i) > 0, g) : g;
@@ -15,8 +15,8 @@ static inline FN(vector) FN(masked_each)(const REAL *dy, const REAL *y, bn_index
 /* Where x_scale is 0, as in eval mode, x does not matter, whatever it holds. */
 static inline REAL FN(gradient)(REAL g, REAL x, REAL head, REAL g_scale, REAL x_scale, REAL shift)
 {
-    const REAL spread = FN(mad)(x - head, x_scale, shift);
-    return FN(mad)(g, g_scale, x_scale == 0 ? shift : spread);
+    const REAL off = x_scale == 0 ? 0 : x - head;
+    return FN(mad)(g, g_scale, FN(mad)(off, x_scale, shift));
 }
 
 static inline REAL FN(gradient_wide)(REAL g, REAL x, bn_gradient gradient)
@@ -59,30 +59,32 @@ static int FN(pack_gradient)(const double *mean, const double *g_scale, const do
     return fits;
 }
 
-/* SIZE elements from i on, whose `spread` is that of x. */
-static inline FN(vector) FN(gradient_each)(const REAL *dy, const REAL *x, const REAL *y, bn_index i,
+/* SIZE elements from i on; `uses` is set where x_scale is not 0. */
+BN_INLINE FN(vector) FN(gradient_each)(const REAL *dy, const REAL *x, const REAL *y, bn_index i,
                                            FN(vector) head, FN(vector) g_scale,
-                                           FN(vector) x_scale, FN(vector) shift)
+                                           FN(vector) x_scale, FN(vector) shift, FN(mask) uses)
 {
-    const FN(vector) spread = FN(mad_each)(FN(get)(x + i) - head, x_scale, shift);
-    const FN(mask) none = x_scale == 0;
-    const FN(vector) rest = FN(where)(none, shift), sum = FN(where)(~none, spread);
-    return FN(mad_each)(FN(masked_each)(dy, y, i), g_scale, (FN(vector))((FN(mask))rest | (FN(mask))sum));
+    const FN(vector) off = FN(where)(uses, FN(get)(x + i) - head);
+    return FN(mad_each)(FN(masked_each)(dy, y, i), g_scale, FN(mad_each)(off, x_scale, shift));
 }
 
 /* As affine_run_as: dx may be dy. */
-static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+BN_INLINE void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
                                     bn_index n, const REAL *heads, const REAL *g_scales,
                                     const REAL *x_scales, const REAL *shifts,
                                     bn_index ahead, FN(pending) *pending, const int step)
 {
     const FN(vector) head = FN(all)(*heads), g_scale = FN(all)(*g_scales);
     const FN(vector) x_scale = FN(all)(*x_scales), shift = FN(all)(*shifts);
+    const FN(mask) uses = x_scale != 0;
+    if (!step && *x_scales == 0)
+        x = dy; /* which is read anyway */
 #define BN_MAKE(i)                                                                                 \
     FN(gradient_each)(dy, x, y, i, step ? FN(get)(heads + (i)) : head,                             \
                       step ? FN(get)(g_scales + (i)) : g_scale,                                    \
                       step ? FN(get)(x_scales + (i)) : x_scale,                                    \
-                      step ? FN(get)(shifts + (i)) : shift)
+                      step ? FN(get)(shifts + (i)) : shift,                                        \
+                      step ? FN(get)(x_scales + (i)) != 0 : uses)
 #define BN_ASK(i)                                                                                  \
     if (ahead) {                                                                                   \
         BN_PREFETCH(dy + (i) + ahead);                                                             \
@@ -106,7 +108,7 @@ static inline void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y
 }
 
 /* As affine_rows_as. */
-static inline void FN(gradient_rows)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+BN_INLINE void FN(gradient_rows)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
                                      bn_index n, const REAL *head, const REAL *g_scale,
                                      const REAL *x_scale, const REAL *shift, const int rows)
 {
@@ -114,8 +116,9 @@ static inline void FN(gradient_rows)(const REAL *dy, const REAL *x, const REAL *
     for (; c + FN(SIZE) <= n; c += FN(SIZE)) {
         const FN(vector) h = FN(get)(head + c), g = FN(get)(g_scale + c);
         const FN(vector) s = FN(get)(x_scale + c), t = FN(get)(shift + c);
+        const FN(mask) uses = s != 0;
         _Pragma("GCC unroll 4") for (int row = 0; row < rows; row++)
-            FN(put)(dx + row * n + c, FN(gradient_each)(dy, x, y, row * n + c, h, g, s, t));
+            FN(put)(dx + row * n + c, FN(gradient_each)(dy, x, y, row * n + c, h, g, s, t, uses));
     }
     for (; c < n; c++)
         for (bn_index i = c; i < rows * n; i += n)
@@ -155,7 +158,7 @@ static inline void FN(pass_on)(const REAL *dy, const REAL *y, REAL *dresidual, b
 }
 
 /* Adjacent runs of `length` elements, the first of them of channel c, round and round. */
-static inline void FN(row_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+BN_INLINE void FN(row_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
                                        REAL *dresidual, bn_index elements, bn_index length,
                                        bn_gradients of, bn_index c)
 {
@@ -194,7 +197,7 @@ static void FN(row_gradient)(const char *dy, const char *x, const char *y, char 
 }
 
 /* Adjacent elements from the first column on; they may end within a row. */
-static inline void FN(column_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+BN_INLINE void FN(column_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
                                           REAL *dresidual, bn_index elements, bn_gradients of)
 {
     const REAL *head = (const REAL *)of.packed, *g_scale = head + of.width;

@@ -7,27 +7,28 @@
 
    It is read nearly in the order of memory: all channels of one run, or of a few short ones, then
    of the next. A run, or a piece of about BN_CHAIN elements of a long one, is summed in 16 lanes,
-   which are then added to those of its channel: float32 data at a large mean has few distinct deviations, whose squares round the
-   same way each time, and an error that grows with the length of a chain must not find a long one.
-   What is left at the end of a run is a step of 16 that overlaps the one before. Runs below 16
-   elements are gathered into one.  Needs REAL, FN, BN_IS_DOUBLE, vectors.h. */
+   which are then added to those of its channel: float32 data at a large mean has few distinct
+   deviations, whose squares round the same way each time, and an error that grows with the length
+   of a chain must not find a long one. What is left at the end of a run is a step of 16 that
+   overlaps the one before. Runs below 16 elements are gathered into one.  Needs REAL, FN,
+   BN_IS_DOUBLE, vectors.h. */
 
 static inline bn_index FN(piece)(bn_index left) { return left < 2 * BN_CHAIN ? left : BN_CHAIN; }
 
 /* Short runs are gathered behind 16 zeros, in which the overlapping step may begin. */
 typedef struct {
-    REAL zeros[BN_LANES], elements[BN_CHAIN];
+    REAL room[BN_LANES + BN_CHAIN];
 } FN(short_runs);
 
 static const REAL *FN(gather)(const REAL *x, bn_index runs, bn_index n, bn_index stride,
                               FN(short_runs) *gathered)
 {
-    REAL *to = gathered->elements;
-    memset(gathered->zeros, 0, sizeof gathered->zeros);
+    REAL *const elements = gathered->room + BN_LANES, *to = elements;
+    memset(gathered->room, 0, BN_LANES * sizeof(REAL));
     for (bn_index run = 0; run < runs; run++, x += stride)
         for (bn_index i = 0; i < n; i++)
             *to++ = x[i];
-    return gathered->elements;
+    return elements;
 }
 
 /* What is kept of each channel while a tile is read: what is subtracted from its elements, and two
@@ -85,7 +86,7 @@ BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index runs, bn_index n
 }
 
 /* The sums of g (a) and of g * (x - first) (b), g being dy where y is NULL or positive. */
-static inline void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
+BN_INLINE void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
                                     bn_index n, bn_index stride, bn_index ahead, FN(channel) *to)
 {
     const bn_index rest = n % BN_LANES;
@@ -122,7 +123,10 @@ static inline void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y
 BN_NOINLINE static void FN(add_plain)(const REAL *dy, const REAL *x, bn_index runs, bn_index n,
                                       bn_index stride, bn_index ahead, FN(channel) *to)
 {
-    FN(add_products)(dy, x, NULL, runs, n, stride, ahead, to);
+    if (ahead)
+        FN(add_products)(dy, x, NULL, runs, n, stride, ahead, to);
+    else
+        FN(add_products)(dy, x, NULL, runs, n, stride, 0, to);
 }
 
 BN_NOINLINE static void FN(add_masked)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,

@@ -1,102 +1,13 @@
 /* The tasks of a call. A task does one part of one phase; the parts of a phase may run in any
    order and at the same time, and each writes its own results. A later phase combines them in
-   order, so that the bits do not depend on who ran what.
-
-   Sums leave the results of each part in a table, call->moments or call->sums:
-
-   channels-first: tile t of channel c               row t * channels + c
-   channels-last:  part p, column j of a wide row    row p * width + j
-                   the partial wide row              part number `parts`, of the columns it has
-
-   It is walked along its rows, BN_GROUP channels at a time: one channel at a time would touch a
-   cache line for each entry. */
+   order, so that the bits do not depend on who ran what. */
 
 #ifndef BNFAST_TASKS_H
 #define BNFAST_TASKS_H
 
-#include "call.h"
+#include "merge.h"
 
 typedef void (*bn_task)(bn_call *, bn_index);
-
-/* ---- combining ---------------------------------------------------------------------------------*/
-
-static inline bn_index bn_entries(const bn_call *call)
-{
-    return call->rows ? call->fold * (call->parts + (call->rest != 0)) : call->tiles.count;
-}
-
-/* Find entry e of channel c: its row in the table, and how many elements are behind it. */
-static inline double bn_entry(const bn_call *call, bn_index c, bn_index e, bn_index *row)
-{
-    if (!call->rows) {
-        const bn_place place = bn_find_place(call->tiles, e, call->outer, call->inner);
-        *row = e * call->channels + c;
-        return (double)place.runs * (double)place.length;
-    }
-    const bn_index part = e / call->fold, column = e % call->fold * call->channels + c;
-    *row = part * call->width + column;
-    if (part == call->parts)
-        return column < call->rest ? 1.0 : 0.0;
-    return (double)bn_min(call->part_rows, call->rows - part * call->part_rows);
-}
-
-/* Moments of up to BN_GROUP channels from those of their parts: first the mean, then the squares
-   about it, and with them what the first mean was off by. Differences of means are small numbers,
-   so that no digit is lost to a large mean. */
-static void bn_merge_moments(bn_call *call, bn_index first, bn_index size)
-{
-    const bn_index entries = bn_entries(call);
-    bn_index row;
-    bn_moments total[BN_GROUP];
-    double shifted[BN_GROUP];
-    for (bn_index i = 0; i < size; i++) {
-        const bn_moments none = {0.0, 0.0, 0.0};
-        total[i] = entries ? call->moments[first + i] : none;
-        shifted[i] = 0.0;
-    }
-    for (bn_index e = 1; e < entries; e++) {
-        const double n = bn_entry(call, first, e, &row);
-        for (bn_index i = 0; n && i < size; i++)
-            shifted[i] += n * (bn_distance(call->moments[row + i], total[i]) - total[i].low);
-    }
-    for (bn_index i = 0; entries > 1 && i < size; i++) {
-        total[i] = bn_moved(total[i], shifted[i] / call->count);
-        total[i].m2 = shifted[i] = 0.0;
-    }
-    for (bn_index e = 0; entries > 1 && e < entries; e++) {
-        const double n = bn_entry(call, first, e, &row);
-        for (bn_index i = 0; n && i < size; i++) {
-            const double d = bn_distance(call->moments[row + i], total[i]) - total[i].low;
-            shifted[i] += n * d;
-            total[i].m2 += call->moments[row + i].m2 + n * d * d;
-        }
-    }
-    for (bn_index i = 0; i < size; i++) {
-        const double off = entries > 1 ? shifted[i] / call->count : 0.0;
-        call->mean[first + i] = total[i].mean + (total[i].low + off);
-        call->m2[first + i] = total[i].m2;
-    }
-}
-
-static void bn_merge_sums(bn_call *call, bn_index first, bn_index size)
-{
-    const bn_index entries = bn_entries(call);
-    bn_index row;
-    bn_sums total[BN_GROUP];
-    for (bn_index i = 0; i < size; i++)
-        total[i].dy = total[i].dy_x = 0.0;
-    for (bn_index e = 0; e < entries; e++) {
-        const double n = bn_entry(call, first, e, &row);
-        for (bn_index i = 0; n && i < size; i++) {
-            total[i].dy += call->sums[row + i].dy;
-            total[i].dy_x += call->sums[row + i].dy_x;
-        }
-    }
-    for (bn_index i = 0; i < size; i++) {
-        call->sum_dy[first + i] = total[i].dy;
-        call->sum_dy_xhat[first + i] = entries ? total[i].dy_x * call->invstd[first + i] : 0.0;
-    }
-}
 
 /* ---- what a channel's elements are multiplied with and shifted by -------------------------------
 

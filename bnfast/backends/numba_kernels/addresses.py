@@ -7,7 +7,7 @@ that a kernel allocated may stand for its address.
 
     present(x)                       whether x is not absent
     same(x, y)                       whether two addresses are equal
-    is_double(x)                     whether x is of float64: a constant to the optimiser
+    itemsize_of(x)                   the bytes of an element: a constant to the optimiser
     room(x, rows, columns)           a new array of the dtype of x
     load(x, i)                       x[i : i+16]
     load_wide(x, i)                  the same in float64
@@ -17,7 +17,7 @@ that a kernel allocated may stand for its address.
     stream(y, i, v)                  as store, past the cache, where a cache line begins
     fence()                          waits until what was streamed can be seen
     to_line(y, i)                    how many elements there are from y[i] to the next cache line
-    prefetch(x, i)                   asks for the cache line of x[i], whether or not it exists
+    prefetch(x, i)                   asks for x[i : i+16], whether or not it exists
     get(x, i), put(y, i, v)          one element
 """
 
@@ -130,14 +130,13 @@ def same(typingctx, x, y):
 
 
 @intrinsic
-def is_double(typingctx, x):
-    """Return whether the elements are float64."""
-    double = x.dtype == types.float64
+def itemsize_of(typingctx, x):
+    """Return the bytes of an element."""
 
     def codegen(context, builder, sig, args):
-        return context.get_constant(types.boolean, double)
+        return I64(sig.args[0].dtype.bitwidth // 8)
 
-    return types.boolean(x), codegen
+    return types.intp(x), codegen
 
 
 def room(x, rows, columns):
@@ -270,13 +269,19 @@ def to_line(typingctx, y, index):
 
 @intrinsic
 def prefetch(typingctx, x, index):
-    """Ask for the cache line of an element, which need not exist, into the L2 cache."""
+    """Ask for the cache lines of x[index : index + 16], which need not exist, into the L2 cache.
+
+    They are those of every sixteenth float32 and of every eighth float64 from ``index`` on.
+    """
 
     def codegen(context, builder, sig, args):
-        byte = ir.IntType(8).as_pointer()
-        address = builder.bitcast(_pointer(context, builder, sig.args[0], *args), byte)
-        # To read, into the second level, data.
-        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(2), I32(1)])
+        kind, (array, index) = sig.args[0], args
+        for offset in range(0, LANES, LINE // (kind.dtype.bitwidth // 8)):
+            at = _pointer(context, builder, kind, array, builder.add(index, I64(offset)))
+            address = builder.bitcast(at, ir.IntType(8).as_pointer())
+            # To read, into the second level, data.
+            how = [I32(0), I32(2), I32(1)]
+            call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, *how])
         return context.get_dummy_value()
 
     return types.void(x, types.intp), codegen

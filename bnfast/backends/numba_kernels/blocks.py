@@ -20,7 +20,7 @@ import numpy as np
 
 from bnfast.backends.numba_kernels.addresses import (
     get,
-    is_double,
+    itemsize_of,
     load,
     load_some,
     load_wide,
@@ -53,9 +53,8 @@ PARTS = 64
 
 STRIP = 4
 """Rows that are added up, in registers, before their sum is added to that of the block. A term then
-takes part in at most 4 + 240 / 4 additions, each of which errs by up to half a unit;
-`spec.SUM_UNITS` is 32. With 8 or 16 rows sums took up to a third longer: memory is read less in
-order."""
+takes part in at most 8 + 240 / 8 additions, each of which errs by up to half a unit;
+`spec.SUM_UNITS` is 32."""
 
 AHEAD_ROWS = 8
 
@@ -91,9 +90,9 @@ def parts_of(rows, width):
 
 
 @inline
-def ahead_of(width):
-    """Return how many elements ahead memory is asked for: a number of whole rows."""
-    return max(AHEAD_ROWS, AHEAD // width) * width
+def ahead_of(width, large):
+    """Return how many elements ahead memory is asked for: a number of whole rows, or 0."""
+    return max(AHEAD_ROWS, AHEAD // width) * width if large else 0
 
 
 @inline
@@ -125,7 +124,8 @@ def measure_strip(x, i, width, rows, count, ahead, mean):
     squares = zeros()
     for row in range(rows):
         at = i + row * width
-        prefetch(x, at + ahead)
+        if ahead != 0:
+            prefetch(x, at + ahead)
         d = wide_at(x, at, count) - mean
         deviations = deviations + d
         squares = muladd(d, d, squares)
@@ -133,16 +133,15 @@ def measure_strip(x, i, width, rows, count, ahead, mean):
 
 
 @step
-def measure_block(x, first, stop, left, right, width, scratch):
+def measure_block(x, first, stop, left, right, width, ahead, scratch):
     """Put first means of columns, sums of deviations and of their squares, in ``scratch``.
 
     The first mean of float64 takes a pass of its own; for float32 that of the first rows will do,
     as in `rows.measure_tile`.
     """
     space = scratch.shape[1]
-    ahead = ahead_of(width)
     scratch[:] = 0.0
-    sample = stop if is_double(x) else min(stop, first + 4)
+    sample = stop if itemsize_of(x) == 8 else min(stop, first + 4)
     for strip in range(first, sample, STRIP):
         rows = min(STRIP, sample - strip)
         for at in range(left, right, LANES):
@@ -187,7 +186,7 @@ def merge_group(state, into, count, other_count, mean, low, m2):
 
 
 @step
-def measure_part(x, rows, width, part, tile, state):
+def measure_part(x, rows, width, ahead, part, tile, state):
     """Put mean, low, m2 and m2_low of the columns of a tile into ``state[part]``."""
     space = state.shape[2]
     block, parts, _ = parts_of(rows, width)
@@ -197,7 +196,7 @@ def measure_part(x, rows, width, part, tile, state):
     scratch = np.empty((3, padded))
     for first in range(begin, end, block):
         stop = min(first + block, end)
-        measure_block(x, first, stop, left, right, width, scratch)
+        measure_block(x, first, stop, left, right, width, ahead, scratch)
         count = stop - first
         for at in range(0, padded, LANES):
             mean, low, m2 = corrected(
@@ -210,12 +209,12 @@ def measure_part(x, rows, width, part, tile, state):
 
 
 @step
-def measure_share(x, rows, width, state, thread, threads):
+def measure_share(x, rows, width, ahead, state, thread, threads):
     """Measure a thread's share of the parts."""
     tiles = parts_of(rows, width)[2]
     units = state.shape[0] * tiles
     for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-        measure_part(x, rows, width, unit // tiles, unit % tiles, state)
+        measure_part(x, rows, width, ahead, unit // tiles, unit % tiles, state)
 
 
 @step
@@ -271,8 +270,9 @@ def sum_strip(dy, x, y, i, width, rows, count, ahead, mean):
     products = zeros()
     for row in range(rows):
         at = i + row * width
-        prefetch(dy, at + ahead)
-        prefetch(x, at + ahead)
+        if ahead != 0:
+            prefetch(dy, at + ahead)
+            prefetch(x, at + ahead)
         g = wide_at(dy, at, count)
         if present(y):
             g = where_positive(load_some(y, at, count), g)
@@ -282,14 +282,13 @@ def sum_strip(dy, x, y, i, width, rows, count, ahead, mean):
 
 
 @step
-def sum_part(dy, x, y, all_rows, width, part, tile, center, state):
+def sum_part(dy, x, y, all_rows, width, ahead, part, tile, center, state):
     """Put the sums of g, of g * (x - mean), and their rounding errors into ``state[part]``."""
     space = state.shape[2]
     block, parts, _ = parts_of(all_rows, width)
     left, right = tile * TILE, min((tile + 1) * TILE, width)
     begin, end = rows_of_part(all_rows, block, part, parts)
     padded = -(-(right - left) // LANES) * LANES
-    ahead = ahead_of(width)
     scratch = np.empty((2, padded))
     state[part, :, left : left + padded] = 0.0
     for first in range(begin, end, block):
@@ -322,12 +321,12 @@ def sum_part(dy, x, y, all_rows, width, part, tile, center, state):
 
 
 @step
-def sum_share(dy, x, y, rows, width, center, state, thread, threads):
+def sum_share(dy, x, y, rows, width, ahead, center, state, thread, threads):
     """Take the sums over a thread's share of the parts."""
     tiles = parts_of(rows, width)[2]
     units = state.shape[0] * tiles
     for unit in range(share(units, thread, threads), share(units, thread + 1, threads)):
-        sum_part(dy, x, y, rows, width, unit // tiles, unit % tiles, center, state)
+        sum_part(dy, x, y, rows, width, ahead, unit // tiles, unit % tiles, center, state)
 
 
 @step

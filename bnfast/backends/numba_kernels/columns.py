@@ -9,6 +9,7 @@ from numba import prange
 
 from bnfast.backends.numba_kernels.addresses import (
     get,
+    itemsize_of,
     present,
     room,
 )
@@ -19,6 +20,7 @@ from bnfast.backends.numba_kernels.arithmetic import (
 )
 from bnfast.backends.numba_kernels.blocks import (
     add_columns,
+    ahead_of,
     measure_share,
     merge_columns,
     parts_of,
@@ -31,7 +33,6 @@ from bnfast.backends.numba_kernels.walks import (
     cycle_width,
     gradient_by_cycle,
     normalize_by_cycle,
-    outgrows,
     past_cache,
     repeat,
 )
@@ -53,18 +54,22 @@ def forward(
     m2: Vector,
     relu: bool,
     shape: Shape,
+    core: int,
+    last: int,
     threads: int,
 ) -> None:
     """Compute mean and m2 where these are present; y where that is, by them or what is given."""
     outer, channels = get(shape, 0), get(shape, 1)
     elements = outer * channels
+    large = elements * itemsize_of(x) * (3 if present(residual) else 2) > last
     n = 1.0
     if present(mean):
         width, rows = wide_rows(outer, channels)
         parts = parts_of(rows, width)[1]
         state = np.empty((parts, 4, -(-width // LANES) * LANES))
+        ahead = ahead_of(width, large)
         for thread in prange(threads):
-            measure_share(x, rows, width, state, thread, threads)
+            measure_share(x, rows, width, ahead, state, thread, threads)
         if channels < MANY:
             merge_columns(x, rows, width, channels, elements, state, 0, channels, mean, m2)
         else:
@@ -82,8 +87,7 @@ def forward(
     repeat(table, channels)
     if not safe:
         repeat(wide, channels)
-    big = outgrows(elements, 3 if present(residual) else 2, table.itemsize)
-    past = past_cache(y, x, residual, big)
+    past = past_cache(y, x, residual, large)
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
         normalize_by_cycle(x, residual, y, begin, end, table, wide, safe, relu, past)
@@ -103,11 +107,14 @@ def backward(
     dx: Array,
     dresidual: Array,
     shape: Shape,
+    core: int,
+    last: int,
     threads: int,
 ) -> None:
     """Take the sums, if ``measure``; make dx by the sums over n, and dresidual, where present."""
     outer, channels = get(shape, 0), get(shape, 1)
     elements = outer * channels
+    large = elements * itemsize_of(x) * (4 if present(y) else 3) > last
     if measure:
         width, rows = wide_rows(outer, channels)
         parts = parts_of(rows, width)[1]
@@ -116,8 +123,9 @@ def backward(
         for c in range(width):
             center[c] = get(mean, c % channels)
         state = np.empty((parts, 4, padded))
+        ahead = ahead_of(width, large)
         for thread in prange(threads):
-            sum_share(dy, x, y, rows, width, center, state, thread, threads)
+            sum_share(dy, x, y, rows, width, ahead, center, state, thread, threads)
         if channels < MANY:
             add_columns(
                 dy, x, y, rows, width, channels, elements, state, mean, invstd, 0, channels, sum_dy,
@@ -140,7 +148,7 @@ def backward(
     repeat(table, channels)
     if not safe:
         repeat(wide, channels)
-    past = past_cache(dx, dy, x, outgrows(elements, 3, table.itemsize))
+    past = past_cache(dx, dy, x, large)
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
         gradient_by_cycle(dy, x, y, dx, dresidual, begin, end, table, wide, safe, past)

@@ -8,7 +8,8 @@ says, not by what an optimiser may or may not do with it, and so
 * in-place calls are as fast as others: no run-time test for overlapping arrays is needed.
 
 LLVM splits sixteen lanes into whatever registers the CPU has. Sixteen float64 are four AVX2
-registers: as many independent chains of additions as hide the latency of one.
+registers: as many independent chains of additions as hide the latency of one. They are only two of
+AVX-512, of which there are enough for two sets of lanes: `PAIRED`.
 
 `addresses` has the ways between lanes and memory. Here::
 
@@ -34,13 +35,31 @@ import operator
 from typing import Any
 
 import numba.extending
-from llvmlite import ir
-from numba.core import cgutils, types
+from llvmlite import binding, ir
+from numba.core import cgutils, config, types
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import models, register_model
 
 LANES = 16
+
+_config: Any = config  # which does not declare its settings to type checkers
+
+
+def instruction_set() -> str:
+    """Return the widest vector extension that Numba compiles for here."""
+    features = _config.CPU_FEATURES  # what the user set, else None
+    if features is None:
+        features = binding.get_host_cpu_features().flatten()
+    present = features.split(",")
+    for name in ("avx512f", "avx2", "avx", "neon"):
+        if f"+{name}" in present:
+            return name
+    return "baseline"
+
+
+PAIRED = instruction_set() == "avx512f"
+"""Whether sums of runs are taken in two sets of lanes, for even and for odd steps."""
 
 intrinsic: Any = numba.extending.intrinsic
 """Its declared type is that of the Python function, which has one parameter more than the calls."""

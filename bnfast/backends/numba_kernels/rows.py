@@ -13,6 +13,7 @@ import numpy as np
 from numba import prange
 
 from bnfast.backends.numba_kernels.addresses import (
+    fence,
     get,
     present,
     room,
@@ -27,8 +28,8 @@ from bnfast.backends.numba_kernels.lanes import (
     LANES,
 )
 from bnfast.backends.numba_kernels.tiles import (
-    ADJACENT,
     add_tiles,
+    ahead_of,
     measure_share,
     measure_tiles,
     merge_tiles,
@@ -44,49 +45,53 @@ from bnfast.backends.numba_kernels.walks import (
     gradient_by_runs,
     normalize_by_cycle,
     normalize_by_runs,
-    outgrows,
     past_cache,
     stretch,
 )
 
-CACHED = 524288
-"""Bytes of a group of channels, at most."""
+NOT_AHEAD = np.intp(0)
+"""Of the type of other distances: for a constant, Numba would compile the walks once more."""
 
 CYCLES = 4
 """Samples from which on short runs are worth a table of the numbers of a whole sample."""
 
 
 @inline
-def group_of(samples, size, itemsize, arrays):
-    """Return how many channels the fused kernels handle together."""
-    return max(1, min(ADJACENT // size, CACHED // (samples * size * itemsize * arrays)))
+def slab_of(channels, channel, core, large, threads):
+    """Return how many adjacent channels, of so many bytes each, a thread does at a time.
+
+    As many as fit into a share of its cache, in slabs that the threads can share evenly. The share
+    is half, or, where memory has to be asked for, a quarter: the next slab comes in while this one
+    is written.
+    """
+    fitting = max(1, core // (4 if large else 2) // channel)
+    rounds = -(-channels // (fitting * threads))
+    return -(-channels // (rounds * threads))
 
 
 @inline
-def enough_channels(channels, size, threads):
-    """Return whether threads should take whole channels.
-
-    Where they finish at about the same time, and runs are not short: of 7x7 planes that fit the
-    cache, the second pass in the order of memory takes two thirds of the time in training.
-    """
-    return size >= 128 and (channels % threads == 0 or channels >= 8 * threads)
+def keeps_channels_whole(channels, slab, threads):
+    """Return whether each channel is best done by one thread: not if threads would idle."""
+    slabs = -(-channels // slab)
+    return slabs % threads == 0 or slabs >= 8 * threads
 
 
 @step
 def train_share(
-    x, weight, bias, eps, residual, y, mean, m2, relu, shape, moments, numbers, wide, past,
-    thread, threads,
+    x, weight, bias, eps, residual, y, mean, m2, relu, shape, moments, numbers, wide, slab, past,
+    large, thread, threads,
 ):  # fmt: skip
-    """Measure and transform a thread's share of the channels, one group after the other."""
-    samples, channels, size = shape
-    begin, end = share(channels, thread, threads), share(channels, thread + 1, threads)
-    group = group_of(samples, size, numbers.itemsize, 1)
+    """Measure and transform a thread's share of the slabs of channels, one after the other."""
+    samples, channels, size, _ = shape
+    slabs = -(-channels // slab)
+    begin, end = share(slabs, thread, threads) * slab, share(slabs, thread + 1, threads) * slab
+    ahead = slab * size if large else 0
     scratch = scratch_of(shape)
-    for first in range(begin, end, group):
-        stop = min(first + group, end)
-        for c in range(first, stop, side_by_side(shape)):
+    for first in range(begin, min(end, channels), slab):
+        stop = min(first + slab, channels)
+        for c in range(first, stop, side_by_side(channels, size)):
             for tile in range(moments.shape[1]):
-                end_ = min(c + side_by_side(shape), stop)
+                end_ = min(c + side_by_side(channels, size), stop)
                 measure_tiles(x, shape, tile, c, end_, moments, scratch)
         for c in range(first, stop):
             merge_tiles(moments, c, mean, m2)
@@ -94,7 +99,10 @@ def train_share(
         safe = fill_forward(numbers, wide, mean, m2, n, weight, bias, eps, first, stop)
         for sample in range(samples):
             from_, to = (sample * channels + first) * size, (sample * channels + stop) * size
-            normalize_by_runs(x, residual, y, from_, to, size, numbers, wide, safe, relu, past)
+            normalize_by_runs(
+                x, residual, y, from_, to, size, numbers, wide, safe, relu, past, ahead
+            )
+    fence()
 
 
 def forward(
@@ -110,23 +118,27 @@ def forward(
     m2: Vector,
     relu: bool,
     dimensions: Shape,
+    core: int,
+    last: int,
     threads: int,
 ) -> None:
     """Compute mean and m2 where these are present; y where that is, by them or what is given."""
     samples, channels, size = get(dimensions, 0), get(dimensions, 1), get(dimensions, 2)
-    shape = (samples, channels, size)
     elements = samples * channels * size
     numbers, wide = room(x, 4, channels), np.empty((5, channels))
-    big = outgrows(elements, 3 if present(residual) else 2, numbers.itemsize)
-    past = past_cache(y, x, residual, big)
+    shape = samples, channels, size, ahead_of(samples, channels, size, numbers.itemsize, core)
+    bytes_ = elements * numbers.itemsize
+    large = bytes_ * (3 if present(residual) else 2) > last
+    past = past_cache(y, x, residual, large)
     n = 1.0
     if present(mean):
         moments = np.empty((channels, tiles_of(samples, size)[3], 4))
-        if present(y) and enough_channels(channels, size, threads):
+        slab = slab_of(channels, bytes_ // channels, core, large, threads)
+        if present(y) and keeps_channels_whole(channels, slab, threads):
             for thread in prange(threads):
                 train_share(
                     x, weight, bias, eps, residual, y, mean, m2, relu, shape, moments, numbers,
-                    wide, past, thread, threads,
+                    wide, slab, past, large, thread, threads,
                 )  # fmt: skip
             return
         for thread in prange(threads):
@@ -150,25 +162,29 @@ def forward(
         return
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
-        normalize_by_runs(x, residual, y, begin, end, size, numbers, wide, safe, relu, past)
+        normalize_by_runs(
+            x, residual, y, begin, end, size, numbers, wide, safe, relu, past, NOT_AHEAD
+        )
+        fence()
 
 
 @step
 def backward_share(
     dy, x, y, mean, invstd, weight, dx, dresidual, sum_dy, sum_dy_xhat, shape, sums, numbers,
-    wide, past, thread, threads,
+    wide, slab, past, large, thread, threads,
 ):  # fmt: skip
-    """Sum and transform a thread's share of the channels, one group after the other."""
-    samples, channels, size = shape
-    begin, end = share(channels, thread, threads), share(channels, thread + 1, threads)
-    group = group_of(samples, size, numbers.itemsize, 2)
+    """Sum and transform a thread's share of the slabs of channels, one after the other."""
+    samples, channels, size, _ = shape
+    slabs = -(-channels // slab)
+    begin, end = share(slabs, thread, threads) * slab, share(slabs, thread + 1, threads) * slab
+    ahead = slab * size if large else 0
     scratch = scratch_of(shape)
     n = float(samples * size)
-    for first in range(begin, end, group):
-        stop = min(first + group, end)
-        for c in range(first, stop, side_by_side(shape)):
+    for first in range(begin, min(end, channels), slab):
+        stop = min(first + slab, channels)
+        for c in range(first, stop, side_by_side(channels, size)):
             for tile in range(sums.shape[1]):
-                end_ = min(c + side_by_side(shape), stop)
+                end_ = min(c + side_by_side(channels, size), stop)
                 sum_tiles(dy, x, y, shape, tile, c, end_, mean, sums, scratch)
         for c in range(first, stop):
             add_tiles(sums, c, invstd, sum_dy, sum_dy_xhat)
@@ -177,7 +193,10 @@ def backward_share(
         )
         for sample in range(samples):
             from_, to = (sample * channels + first) * size, (sample * channels + stop) * size
-            gradient_by_runs(dy, x, y, dx, dresidual, from_, to, size, numbers, wide, safe, past)
+            gradient_by_runs(
+                dy, x, y, dx, dresidual, from_, to, size, numbers, wide, safe, past, ahead
+            )
+    fence()
 
 
 def backward(
@@ -194,21 +213,27 @@ def backward(
     dx: Array,
     dresidual: Array,
     dimensions: Shape,
+    core: int,
+    last: int,
     threads: int,
 ) -> None:
     """Take the sums, if ``measure``; make dx by the sums over n, and dresidual, where present."""
     samples, channels, size = get(dimensions, 0), get(dimensions, 1), get(dimensions, 2)
-    shape = (samples, channels, size)
     elements = samples * channels * size
     numbers, wide = room(x, 4, channels), np.empty((5, channels))
-    past = past_cache(dx, dy, x, outgrows(elements, 3, numbers.itemsize))
+    shape = samples, channels, size, ahead_of(samples, channels, size, numbers.itemsize, core)
+    bytes_ = elements * numbers.itemsize
+    inputs = 3 if present(y) else 2
+    large = bytes_ * (inputs + 1) > last
+    past = past_cache(dx, dy, x, large)
     if measure:
         sums = np.empty((channels, tiles_of(samples, size)[3], 2))
-        if present(dx) and enough_channels(channels, size, threads):
+        slab = slab_of(channels, bytes_ // channels * inputs, core, large, threads)
+        if present(dx) and keeps_channels_whole(channels, slab, threads):
             for thread in prange(threads):
                 backward_share(
                     dy, x, y, mean, invstd, weight, dx, dresidual, sum_dy, sum_dy_xhat, shape,
-                    sums, numbers, wide, past, thread, threads,
+                    sums, numbers, wide, slab, past, large, thread, threads,
                 )  # fmt: skip
             return
         for thread in prange(threads):
@@ -231,4 +256,7 @@ def backward(
         return
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
-        gradient_by_runs(dy, x, y, dx, dresidual, begin, end, size, numbers, wide, safe, past)
+        gradient_by_runs(
+            dy, x, y, dx, dresidual, begin, end, size, numbers, wide, safe, past, NOT_AHEAD
+        )
+        fence()

@@ -19,7 +19,7 @@ import numpy as np
 
 from bnfast.backends.numba_kernels.addresses import (
     get,
-    is_double,
+    itemsize_of,
     load,
     load_some,
     load_wide,
@@ -37,6 +37,7 @@ from bnfast.backends.numba_kernels.arithmetic import (
 from bnfast.backends.numba_kernels.compiling import inline, step
 from bnfast.backends.numba_kernels.lanes import (
     LANES,
+    PAIRED,
     cast,
     first_lanes,
     muladd,
@@ -49,13 +50,21 @@ from bnfast.backends.numba_kernels.lanes import (
 TILE = 8192
 """Elements of a tile, at most."""
 
-CHAIN = 512
+CHAIN = 1024 if PAIRED else 512
 """Elements that go through the lanes before these are emptied: 32 additions to a lane, 16 to what
-it is emptied into, 4 across lanes, each of which errs by up to half a unit; `spec.SUM_UNITS` is 32.
+it is emptied into, 5 across lanes, each of which errs by up to half a unit; `spec.SUM_UNITS` is 32.
 """
+
+RUNS = 4
+"""Runs that go through the lanes, at most, unless they are shorter than these: more of them, and
+memory is read less in order."""
 
 AHEAD = 2048
 """Elements by which memory is asked for ahead, into the L2 cache."""
+
+UNASKED = 4
+"""Times the size of that cache up to which nothing is asked for: it would take longer than it
+saves."""
 
 ADJACENT = 2048
 """Elements, at least, that are read or written one after the other: where runs are short, those of
@@ -73,9 +82,17 @@ def tiles_of(samples, size):
 
 
 @inline
-def ahead_of(samples, channels, size):
-    """Return `AHEAD`, in whole runs where these are shorter."""
-    return AHEAD if size >= AHEAD else min(AHEAD // size, samples) * channels * size
+def ahead_of(samples, channels, size, itemsize, core):
+    """Return how far ahead memory is asked for: `AHEAD` elements as they are read.
+
+    Where the runs of a channel are shorter: so many whole runs, and at least those that are next.
+    """
+    if samples * channels * size * itemsize <= UNASKED * core:
+        return 0
+    if size >= AHEAD:
+        return AHEAD
+    runs = max(-(-AHEAD // (side_by_side(channels, size) * size)), chain_of(size)[0])
+    return min(runs, samples) * channels * size
 
 
 @inline
@@ -83,19 +100,29 @@ def next_needed(shape, ahead, at, offset):
     """Return how far from an element, ``offset`` into its run, to ask for memory.
 
     That is ``ahead`` elements on in the channel, in one of the next runs; after its last run comes
-    the first run of the next channel.
+    the first run of the channel that is next in its place.
     """
-    samples, channels, size = shape
+    samples, channels, size, _ = shape
     if size >= AHEAD and offset + ahead >= size:
         ahead += channels * size - size
     beyond = at + ahead >= samples * channels * size
-    return ahead + size - samples * channels * size if beyond else ahead
+    next_ = side_by_side(channels, size) * size - samples * channels * size
+    return ahead + next_ if beyond else ahead
 
 
 @inline
 def chain_of(length):
     """Return how many runs, and how many elements of each, go through the lanes at a time."""
-    return max(1, CHAIN // length), min(length, CHAIN)
+    pieces = -(-length // CHAIN)
+    runs = max(1, min(CHAIN // length, RUNS if length >= LANES else CHAIN))
+    return runs, -(-length // (pieces * LANES)) * LANES
+
+
+@inline
+def steps_of(first, length):
+    """Return where in a run pairs of steps end, and where whole steps do."""
+    pairs = length // (2 * LANES) if PAIRED else 0
+    return first + pairs * 2 * LANES, first + length // LANES * LANES
 
 
 @inline
@@ -105,13 +132,18 @@ def total_of(x, start, runs, stride, length):
     group, piece = chain_of(length)
     for run in range(0, runs, group):
         for first in range(0, length, piece):
-            some = zeros()
+            some, odd = zeros(), zeros()
+            count = min(piece, length - first)
             for r in range(run, min(run + group, runs)):
                 begin = start + r * stride + first
-                end = begin + min(piece, length - first)
-                for i in range(begin, end, LANES):
-                    some = some + cast(load_some(x, i, min(end - i, LANES)), some)
-            sums = sums + some
+                paired, whole = steps_of(begin, count)
+                for i in range(begin, paired, 2 * LANES):
+                    some, odd = some + load_wide(x, i), odd + load_wide(x, i + LANES)
+                for i in range(paired, whole, LANES):
+                    some = some + load_wide(x, i)
+                if whole < begin + count:
+                    odd = odd + cast(load_some(x, whole, begin + count - whole), odd)
+            sums = sums + (some + odd)
     return total(sums)
 
 
@@ -123,7 +155,7 @@ def first_mean(x, start, runs, stride, length):
     deviations are exact in float64, and what one outlier among these can cost (10 bits) leaves m2
     within `spec.M2_RELATIVE_FLOAT32`.
     """
-    if is_double(x):
+    if itemsize_of(x) == 8:
         return total_of(x, start, runs, stride, length) / (runs * length)
     some = min(length, LANES)
     return total(cast(load_some(x, start, some), 0.0)) / some
@@ -132,7 +164,7 @@ def first_mean(x, start, runs, stride, length):
 @inline
 def tile_at(shape, c, tile):
     """Return where a tile starts, its runs, and their length."""
-    samples, channels, size = shape
+    samples, channels, size, _ = shape
     runs, length, across, _ = tiles_of(samples, size)
     group, piece = tile // across, tile % across
     start = (group * runs * channels + c) * size + piece * length
@@ -143,31 +175,39 @@ def tile_at(shape, c, tile):
 def measure_piece(x, shape, start, offset, runs, length, far, center):
     """Return the sums of deviations and of their squares over pieces of runs."""
     stride = shape[1] * shape[2]
-    deviations = zeros()
-    squares = zeros()
+    deviations, odd_deviations = zeros(), zeros()
+    squares, odd_squares = zeros(), zeros()
     for first in range(start, start + runs * stride, stride):
         stop = first + length
-        whole = stop - length % LANES
+        paired, whole = steps_of(first, length)
         ahead = next_needed(shape, far, first, offset)
-        for i in range(first, whole, LANES):
-            prefetch(x, i + ahead)
+        for i in range(first, paired, 2 * LANES):
+            if ahead != 0:
+                prefetch(x, i + ahead)
+                prefetch(x, i + ahead + LANES)
+            d, odd = load_wide(x, i) - center, load_wide(x, i + LANES) - center
+            deviations, odd_deviations = deviations + d, odd_deviations + odd
+            squares, odd_squares = muladd(d, d, squares), muladd(odd, odd, odd_squares)
+        for i in range(paired, whole, LANES):
+            if ahead != 0:
+                prefetch(x, i + ahead)
             d = load_wide(x, i) - center
             deviations = deviations + d
             squares = muladd(d, d, squares)
         if whole < stop:
             d = cast(load_some(x, whole, stop - whole), squares) - center
             d = first_lanes(stop - whole, d, 0.0)
-            deviations = deviations + d
-            squares = muladd(d, d, squares)
-    return deviations, squares
+            odd_deviations = odd_deviations + d
+            odd_squares = muladd(d, d, odd_squares)
+    return deviations + odd_deviations, squares + odd_squares
 
 
 @step
 def measure_tiles(x, shape, tile, begin, end, moments, scratch):
     """Measure one tile of each of some adjacent channels: a first mean, its error, m2, count."""
-    samples, channels, size = shape
+    _, channels, size, far = shape
     start, runs, length = tile_at(shape, begin, tile)
-    stride, into, far = channels * size, start % size, ahead_of(samples, channels, size)
+    stride, into = channels * size, start % size
     for c in range(begin, end):
         at = start + (c - begin) * size
         moments[c, tile, 0] = first_mean(x, at, runs, stride, length)
@@ -209,16 +249,16 @@ def totals_of(scratch, index):
 @inline
 def scratch_of(shape):
     """Return room for the sums of as many channels as are measured side by side."""
-    return np.empty((side_by_side(shape), 2 * LANES))
+    return np.empty((side_by_side(shape[1], shape[2]), 2 * LANES))
 
 
 @inline
-def side_by_side(shape):
+def side_by_side(channels, size):
     """Return how many channels of a tile are measured at a time: where runs are short, many.
 
     Channel by channel, runs of 49 elements would be read from places that are far apart.
     """
-    return max(1, ADJACENT // shape[2])
+    return max(1, min(ADJACENT // size, channels))
 
 
 @step
@@ -230,7 +270,7 @@ def measure_share(x, shape, moments, thread, threads):
     unit, last = share(units, thread, threads), share(units, thread + 1, threads)
     while unit < last:
         tile, c = unit // channels, unit % channels
-        stop = min(c + side_by_side(shape), channels, c + last - unit)
+        stop = min(c + side_by_side(channels, shape[2]), channels, c + last - unit)
         measure_tiles(x, shape, tile, c, stop, moments, scratch)
         unit += stop - c
 
@@ -256,15 +296,29 @@ def sum_piece(dy, x, y, shape, start, offset, runs, length, far, center):
     """Return the sums of g and of g * (x - mean) over pieces of runs."""
     stride = shape[1] * shape[2]
     relu = present(y)
-    plain = zeros()
-    products = zeros()
+    plain, odd_plain = zeros(), zeros()
+    products, odd_products = zeros(), zeros()
     for first in range(start, start + runs * stride, stride):
         stop = first + length
-        whole = stop - length % LANES
+        paired, whole = steps_of(first, length)
         ahead = next_needed(shape, far, first, offset)
-        for i in range(first, whole, LANES):
-            prefetch(dy, i + ahead)
-            prefetch(x, i + ahead)
+        for i in range(first, paired, 2 * LANES):
+            if ahead != 0:
+                prefetch(dy, i + ahead)
+                prefetch(x, i + ahead)
+                prefetch(dy, i + ahead + LANES)
+                prefetch(x, i + ahead + LANES)
+            g, odd = load_wide(dy, i), load_wide(dy, i + LANES)
+            if relu:
+                g = where_positive(load(y, i), g)
+                odd = where_positive(load(y, i + LANES), odd)
+            plain, odd_plain = plain + g, odd_plain + odd
+            products = muladd(g, load_wide(x, i) - center, products)
+            odd_products = muladd(odd, load_wide(x, i + LANES) - center, odd_products)
+        for i in range(paired, whole, LANES):
+            if ahead != 0:
+                prefetch(dy, i + ahead)
+                prefetch(x, i + ahead)
             g = load_wide(dy, i)
             if relu:
                 g = where_positive(load(y, i), g)
@@ -275,18 +329,18 @@ def sum_piece(dy, x, y, shape, start, offset, runs, length, far, center):
             g = cast(load_some(dy, whole, count), plain)
             if relu:
                 g = where_positive(load_some(y, whole, count), g)
-            plain = plain + g
+            odd_plain = odd_plain + g
             d = cast(load_some(x, whole, count), plain) - center
-            products = muladd(g, first_lanes(count, d, 0.0), products)
-    return plain, products
+            odd_products = muladd(g, first_lanes(count, d, 0.0), odd_products)
+    return plain + odd_plain, products + odd_products
 
 
 @step
 def sum_tiles(dy, x, y, shape, tile, begin, end, mean, sums, scratch):
     """Sum g and g * (x - mean) over one tile of each of some adjacent channels."""
-    samples, channels, size = shape
+    _, channels, size, far = shape
     start, runs, length = tile_at(shape, begin, tile)
-    stride, into, far = channels * size, start % size, ahead_of(samples, channels, size)
+    stride, into = channels * size, start % size
     scratch[:] = 0.0
     group, piece = chain_of(length)
     for run in range(0, runs, group):
@@ -313,7 +367,7 @@ def sum_share(dy, x, y, shape, mean, sums, thread, threads):
     unit, last = share(units, thread, threads), share(units, thread + 1, threads)
     while unit < last:
         tile, c = unit // channels, unit % channels
-        stop = min(c + side_by_side(shape), channels, c + last - unit)
+        stop = min(c + side_by_side(channels, shape[2]), channels, c + last - unit)
         sum_tiles(dy, x, y, shape, tile, c, stop, mean, sums, scratch)
         unit += stop - c
 

@@ -24,6 +24,7 @@ from bnfast.backends.numba_kernels.addresses import (
     fence,
     load,
     load_some,
+    prefetch,
     present,
     same,
     store_some,
@@ -33,9 +34,6 @@ from bnfast.backends.numba_kernels.addresses import (
 from bnfast.backends.numba_kernels.arithmetic import MISFIT, gradient, output
 from bnfast.backends.numba_kernels.compiling import inline, step
 from bnfast.backends.numba_kernels.lanes import LANES, first_lanes, where_nonzero, where_positive
-
-STREAMED = 32 * 2**20
-"""Bytes read and written from which on outputs are written past the cache."""
 
 CYCLE = 256
 """Elements of a cycle, at least, so that it is not begun anew all the time."""
@@ -86,6 +84,19 @@ def write_gradient(arrays, i, count, made, past):
 
 
 @inline
+def ask_output(arrays, i):
+    """Ask for what `make_output` reads, but for the residual, which is read only once."""
+    prefetch(arrays[0], i)
+
+
+@inline
+def ask_gradient(arrays, i):
+    """Ask for what `make_gradient` reads."""
+    prefetch(arrays[0], i)
+    prefetch(arrays[1], i)
+
+
+@inline
 def numbers_of(table, c):
     """Return the numbers of a channel."""
     return table[0, c], table[1, c], table[2, c], table[3, c]
@@ -114,15 +125,16 @@ def joined(count, a, b):
     )
 
 
-def walks(make, write):
+def walks(make, write, ask):
     """Return the four walks for an operation: by_runs, by_runs_exactly, by_cycle, ..._exactly.
 
     They transform the elements from ``start`` to ``stop``; ``to`` is the array of which cache
-    lines are to be filled if ``past``.
+    lines are to be filled if ``past``. If ``ahead`` is not 0, what lies so many elements on is
+    asked for: memory is then read while it is written.
     """
 
     @step
-    def by_runs(arrays, to, start, stop, size, numbers, past):
+    def by_runs(arrays, to, start, stop, size, numbers, past, ahead):
         channels = numbers.shape[1]
         c = start // size % channels
         edge = (start // size + 1) * size
@@ -133,6 +145,8 @@ def walks(make, write):
             if whole > 0:
                 own = numbers_of(numbers, c)
                 for at in range(i, i + whole, LANES):
+                    if ahead != 0:
+                        ask(arrays, at + ahead)
                     write(arrays, at, LANES, make(arrays, at, LANES, own), past)
                 i += whole
             elif edge == i:
@@ -142,14 +156,14 @@ def walks(make, write):
                 count = min(count if count > 0 else LANES, stop - i)
                 after = c + 1 if c + 1 < channels else 0
                 both = joined(edge - i, numbers_of(numbers, c), numbers_of(numbers, after))
+                if ahead != 0:
+                    ask(arrays, i + ahead)
                 write(arrays, i, count, make(arrays, i, count, both), past)
                 i += count
                 count = 0
                 if i > edge:
                     c = after
                     edge += size
-        if past:
-            fence()
 
     @step
     def by_runs_exactly(arrays, start, stop, size, numbers, wide):
@@ -207,18 +221,18 @@ def walks(make, write):
     return by_runs, by_runs_exactly, by_cycle, by_cycle_exactly
 
 
-_normalize = walks(make_output, write_output)
-_gradient = walks(make_gradient, write_gradient)
+_normalize = walks(make_output, write_output, ask_output)
+_gradient = walks(make_gradient, write_gradient, ask_gradient)
 normalize_runs, normalize_runs_exactly, normalize_cycle, normalize_cycle_exactly = _normalize
 gradient_runs, gradient_runs_exactly, gradient_cycle, gradient_cycle_exactly = _gradient
 
 
 @step
-def normalize_by_runs(x, residual, y, begin, end, size, numbers, wide, safe, relu, past):
+def normalize_by_runs(x, residual, y, begin, end, size, numbers, wide, safe, relu, past, ahead):
     """Normalise a part of an array of runs."""
     arrays = (x, residual, y, present(residual), relu)
     if safe and size >= LANES:
-        normalize_runs(arrays, y, begin, end, size, numbers, past)
+        normalize_runs(arrays, y, begin, end, size, numbers, past, ahead)
     else:
         normalize_runs_exactly(arrays, begin, end, size, numbers, wide)
 
@@ -234,11 +248,11 @@ def normalize_by_cycle(x, residual, y, begin, end, table, wide, safe, relu, past
 
 
 @step
-def gradient_by_runs(dy, x, y, dx, dresidual, begin, end, size, numbers, wide, safe, past):
+def gradient_by_runs(dy, x, y, dx, dresidual, begin, end, size, numbers, wide, safe, past, ahead):
     """Make the gradients of a part of an array of runs."""
     arrays = (dy, x, y, dx, dresidual, present(y), present(dresidual))
     if safe and size >= LANES:
-        gradient_runs(arrays, dx, begin, end, size, numbers, past)
+        gradient_runs(arrays, dx, begin, end, size, numbers, past, ahead)
     else:
         gradient_runs_exactly(arrays, begin, end, size, numbers, wide)
 
@@ -282,12 +296,6 @@ def stretch(numbers, size, table):
             for at in range(c * size, (c + 1) * size):
                 table[row, at] = numbers[row, c]
     repeat(table, channels * size)
-
-
-@inline
-def outgrows(elements, arrays, itemsize):
-    """Return whether what a call reads and writes outgrows the last-level cache."""
-    return elements * arrays * itemsize >= STREAMED
 
 
 @inline
