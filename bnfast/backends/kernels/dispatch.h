@@ -14,7 +14,8 @@
    The kernels are GNU C: vector types, which gcc and clang have. GCC compiles a region for an
    instruction set with `#pragma GCC target`; clang ignores that and has its own pragma, under which
    the predefined macros (__AVX2__ ...) stay those of the baseline: BN_LEVEL tells the kernels what
-   they may use. */
+   they may use. Both name features, not arch=, which would take away what the file is compiled for:
+   with -march=native GCC then refuses the intrinsics. */
 
 #ifndef BNFAST_DISPATCH_H
 #define BNFAST_DISPATCH_H
@@ -195,7 +196,7 @@ static inline double bn_distance(bn_moments a, bn_moments b) { return (a.mean - 
 #pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
+#pragma GCC target("sse4.2,popcnt,avx2,fma,f16c,bmi,bmi2,lzcnt,movbe")
 #endif
 #define BN_TARGET v3
 #define BN_LEVEL 1
@@ -208,7 +209,8 @@ static inline double bn_distance(bn_moments a, bn_moments b) { return (a.mean - 
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#pragma GCC target("sse4.2,popcnt,avx2,fma,f16c,bmi,bmi2,lzcnt,movbe")
+#pragma GCC target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 #define BN_TARGET v4
 #define BN_LEVEL 2
