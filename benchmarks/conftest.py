@@ -105,5 +105,7 @@ def timed(groups: list[Group], request: pytest.FixtureRequest) -> Callable[[Case
 def _same_turns(case: Case, request: pytest.FixtureRequest) -> list[Row]:
     """Return the rows that are timed together with a case, without those that are deselected."""
     specs = [getattr(item, "callspec", None) for item in request.session.items]
-    rows = [(s.params["case"], s.params["contender"]) for s in specs if s and "contender" in s.params]
+    rows = [
+        (s.params["case"], s.params["contender"]) for s in specs if s and "contender" in s.params
+    ]
     return [row for row in rows if row[0].turns == case.turns]
