@@ -3,9 +3,9 @@
 """The kernels in C with OpenMP: row kernels from kernels/*.h, shared out by ``prange``.
 
 A contract function describes a call (kernels/call.h), names its phases, and runs them. A phase is a
-task (kernels/tasks.h) and a number of parts. Parts are cut by shape alone, each writes its own
-results, and a later phase combines them in order: the bits do not depend on the threads, which
-share all phases of a call in one parallel region.
+task (kernels/tasks.h) and a number of parts. Sums are cut by shape alone, each part writes its own
+results, and they are combined in order: the bits do not depend on the threads, which share all
+phases of a call in one parallel region, nor on the caches, for which slabs of channels are cut.
 """
 
 cimport numpy as cnp
@@ -288,11 +288,12 @@ def backward_sums(
     """See `bnfast.spec.Kernels.backward_sums`."""
     cdef bn_call call
     cdef Phase[3] phases
+    cdef int count
     read_backward(&call, dy, x, y, mean, invstd, num_threads)
     call.sum_dy, call.sum_dy_xhat = channels(sum_dy), channels(sum_dy_xhat)
-    sum_phases(&call, phases)
-    phases[2] = Phase(bn_combine_sums, bn_groups(&call))
-    start(&call, phases, 3, num_threads, BN_SUMS)
+    count = sum_phases(&call, phases)
+    phases[count] = Phase(bn_combine_sums, bn_groups(&call))
+    start(&call, phases, count + 1, num_threads, BN_SUMS)
 
 
 def backward_input(
@@ -322,7 +323,7 @@ def backward(
     """See `bnfast.spec.Kernels.backward`."""
     cdef bn_call call
     cdef Phase[4] phases
-    cdef int count = 4
+    cdef int count
     read_backward(&call, dy, x, y, mean, invstd, num_threads)
     call.sum_dy, call.sum_dy_xhat = channels(sum_dy), channels(sum_dy_xhat)
     call.weight = channels(weight)
@@ -331,9 +332,10 @@ def backward(
         phases[0] = Phase(bn_slab_backward, call.slabs)
         count = 1
     else:
-        sum_phases(&call, phases)
-        phases[2] = Phase(bn_sums_to_gradient, bn_groups(&call))
-        phases[3] = gradient_phase(&call)
+        count = sum_phases(&call, phases)
+        phases[count] = Phase(bn_sums_to_gradient, bn_groups(&call))
+        phases[count + 1] = gradient_phase(&call)
+        count += 2
     start(&call, phases, count, num_threads, BN_SUMS | BN_FACTORS)
 
 
@@ -353,14 +355,14 @@ cdef inline void write_backward(bn_call *call, cnp.ndarray dx, cnp.ndarray dresi
     call.stream = call.dx != call.dy and call.large
 
 
-cdef inline void sum_phases(bn_call *call, Phase *phases) noexcept:
-    """Name the two phases that leave the sums of all parts in the table."""
+cdef inline int sum_phases(bn_call *call, Phase *phases) noexcept:
+    """Name the phases that leave the sums of all parts in the table; return how many they are."""
     if call.rows:
         phases[0] = Phase(bn_wide_mean_prelude, bn_preludes(call))
         phases[1] = Phase(bn_column_sums, bn_panels(call))
-    else:
-        phases[0] = Phase(bn_row_sums, 0)
-        phases[1] = Phase(bn_row_sums, call.slabs * call.tiles.count)
+        return 2
+    phases[0] = Phase(bn_row_sums, call.slabs * call.tiles.count)
+    return 1
 
 
 cdef inline Phase gradient_phase(const bn_call *call) noexcept:

@@ -98,8 +98,8 @@ static inline bn_index bn_part(bn_index elements)
 }
 
 /* How far ahead of the element in work a sum asks for memory: so many elements, or as many whole
-   rows (of a slab, or wide rows) where these are shorter; not at all in arrays below a size in bytes,
-   where asking costs a few percent. It is what the hardware does not foresee (training, 2 threads:
+   rows (of a slab, or wide rows) where these are shorter; not at all where the caches hold the
+   arrays, and asking costs a few percent. It is what the hardware does not foresee (training, 2 threads:
    56x56 planes 1.2 times faster). */
 #define BN_AHEAD 2048
 #define BN_COLUMNS_AHEAD 8192
@@ -109,7 +109,8 @@ static inline bn_index bn_ahead(const bn_call *call, bn_index ahead, bn_index le
 {
     if (call->inner >= BN_TILE || call->outer == 1)
         return ahead;
-    return bn_max(call->rows ? BN_ROWS : call->inner < BN_SHORT ? BN_RUNS : 1, ahead / length) * stride;
+    const bn_index at_once = call->rows ? BN_ROWS : call->inner < BN_SHORT ? BN_RUNS : 1;
+    return bn_max(at_once, ahead / length) * stride;
 }
 
 /* Where part t lies: its first run, how many, its first element in each, how many. */

@@ -71,6 +71,13 @@ static inline int bn_all_fit(const bn_call *call)
     return fits;
 }
 
+typedef int (*bn_finder)(bn_call *, bn_index first, bn_index size);
+
+static inline void bn_find_group(bn_call *call, bn_index g, bn_finder find)
+{
+    call->fits[g] = (char)find(call, g * BN_GROUP, bn_group_size(call, g));
+}
+
 static void bn_combine_moments(bn_call *call, bn_index g)
 {
     bn_merge_moments(call, g * BN_GROUP, bn_group_size(call, g));
@@ -84,13 +91,13 @@ static void bn_combine_sums(bn_call *call, bn_index g)
 static void bn_moments_to_affine(bn_call *call, bn_index g)
 {
     bn_combine_moments(call, g);
-    call->fits[g] = (char)bn_find_affine(call, g * BN_GROUP, bn_group_size(call, g));
+    bn_find_group(call, g, bn_find_affine);
 }
 
 static void bn_sums_to_gradient(bn_call *call, bn_index g)
 {
     bn_combine_sums(call, g);
-    call->fits[g] = (char)bn_find_gradient(call, g * BN_GROUP, bn_group_size(call, g));
+    bn_find_group(call, g, bn_find_gradient);
 }
 
 /* What is known before any sum is found by the part, many groups at once. */
@@ -99,18 +106,21 @@ static inline bn_index bn_preludes(const bn_call *call)
     return bn_ceil(call->channels, BN_PRELUDE);
 }
 
-static void bn_affine_prelude(bn_call *call, bn_index part)
+static inline void bn_find_part(bn_call *call, bn_index part, bn_finder find)
 {
     const bn_index first = part * (BN_PRELUDE / BN_GROUP);
     for (bn_index g = first; g < bn_min(first + BN_PRELUDE / BN_GROUP, bn_groups(call)); g++)
-        call->fits[g] = (char)bn_find_affine(call, g * BN_GROUP, bn_group_size(call, g));
+        bn_find_group(call, g, find);
+}
+
+static void bn_affine_prelude(bn_call *call, bn_index part)
+{
+    bn_find_part(call, part, bn_find_affine);
 }
 
 static void bn_gradient_prelude(bn_call *call, bn_index part)
 {
-    const bn_index first = part * (BN_PRELUDE / BN_GROUP);
-    for (bn_index g = first; g < bn_min(first + BN_PRELUDE / BN_GROUP, bn_groups(call)); g++)
-        call->fits[g] = (char)bn_find_gradient(call, g * BN_GROUP, bn_group_size(call, g));
+    bn_find_part(call, part, bn_find_gradient);
 }
 
 static void bn_wide_mean_prelude(bn_call *call, bn_index part)
