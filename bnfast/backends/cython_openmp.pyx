@@ -1,15 +1,16 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 # cython: initializedcheck=False, autotestdict=False
-"""The kernels in C with OpenMP: row kernels from kernels/*.h, shared out by ``prange``.
+"""The kernels in C with OpenMP (kernels/*.h), called with the arrays of the contract.
 
 A contract function describes a call (kernels/call.h), names its phases, and runs them. A phase is a
 task (kernels/tasks.h) and a number of parts. Sums are cut by shape alone, each part writes its own
 results, and they are combined in order: the bits do not depend on the threads, which share all
-phases of a call in one parallel region, nor on the caches, for which slabs of channels are cut.
+phases of a call in one parallel region (kernels/team.h), nor on the caches, for which slabs of
+channels are cut. The region is in C, since Cython 3.3 writes ``omp for nowait`` for a ``prange``
+inside ``parallel``: nothing would promise that a phase is over before the next one begins.
 """
 
 cimport numpy as cnp
-from cython.parallel cimport parallel, prange
 from libc.stdlib cimport free
 
 from bnfast.backends import caches
@@ -17,7 +18,7 @@ from bnfast.backends.host_arrays import accepts, empty, view
 
 cnp.import_array()
 
-cdef extern from "kernels/tasks.h" nogil:
+cdef extern from "kernels/team.h" nogil:
     ctypedef struct bn_kernels:
         pass
     ctypedef struct bn_cut:
@@ -43,6 +44,12 @@ cdef extern from "kernels/tasks.h" nogil:
         double eps, count
         int relu, large, stream
     ctypedef void (*bn_task)(bn_call *, Py_ssize_t) noexcept nogil
+    ctypedef struct Phase "bn_phase":
+        bn_task task
+        Py_ssize_t parts
+    void bn_run(bn_call *, const Phase *, int count, int num_threads)
+    const bint BN_OPENMP
+    int BN_PAUSE()
     const bn_kernels *bn_table[][2]
     int bn_highest_level()
     Py_ssize_t bn_core_cache, bn_last_cache
@@ -73,20 +80,6 @@ cdef extern from "kernels/tasks.h" nogil:
     void bn_column_sums(bn_call *, Py_ssize_t) noexcept
     void bn_column_normalize(bn_call *, Py_ssize_t) noexcept
     void bn_column_gradient(bn_call *, Py_ssize_t) noexcept
-
-cdef extern from *:
-    """
-    #ifdef _OPENMP
-    #include <omp.h>
-    #define BN_OPENMP 1
-    #define BN_PAUSE() omp_pause_resource_all(omp_pause_hard)
-    #else
-    #define BN_OPENMP 0
-    #define BN_PAUSE() 0
-    #endif
-    """
-    const bint BN_OPENMP
-    int BN_PAUSE() nogil
 
 cdef extern from *:
     const unsigned long CYTHON_HEX_VERSION
@@ -130,32 +123,6 @@ def before_fork():
     BN_PAUSE()
 
 
-cdef struct Phase:
-    bn_task task
-    Py_ssize_t parts
-
-
-cdef void run(bn_call *call, const Phase *phases, int count, int num_threads) noexcept nogil:
-    """Run the phases one after the other, the parts of each in any order.
-
-    One thread does not enter the OpenMP runtime, where even a region of one costs 1.2 us; a first
-    phase of at most one part is over before another thread has come.
-    """
-    cdef int p = 0, alone = count
-    cdef Py_ssize_t part
-    if num_threads > 1 and BN_OPENMP:
-        alone = phases[0].parts <= 1
-    for p in range(alone):
-        for part in range(phases[p].parts):
-            phases[p].task(call, part)
-    if alone == count:
-        return
-    with parallel(num_threads=num_threads):
-        for p in range(alone, count):
-            for part in prange(phases[p].parts, schedule="static"):
-                phases[p].task(call, part)
-
-
 cdef inline char *address(cnp.ndarray array) noexcept:
     return NULL if array is None else cnp.PyArray_BYTES(array)
 
@@ -191,7 +158,7 @@ cdef int start(
     if workspace is NULL:
         raise MemoryError("no memory for the channel sums")
     with nogil:
-        run(call, phases, count, num_threads)
+        bn_run(call, phases, count, num_threads)
         free(workspace)
     return 0
 
