@@ -50,8 +50,8 @@ def moments(real) -> Kernel:
         has = cuda.local.array(BATCH, int64)
         columns = cuda.local.array(VECTOR, int64)
         counts = cuda.local.array(VECTOR, int64)
-        shifts = cuda.local.array(VECTOR, float64)
         guesses = cuda.local.array(VECTOR, float64)
+        means = cuda.local.array(VECTOR, float64)
         offs = cuda.local.array(VECTOR, float64)
         squares = cuda.local.array(VECTOR, float64)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -61,7 +61,6 @@ def moments(real) -> Kernel:
         at = VECTOR * thread
         for k in range(VECTOR):
             columns[k] = (tile * width + at + k) % channels
-            shifts[k] = float64(x[columns[k]])
         for part in range(cuda.blockIdx.x // tiles, parts, cuda.gridDim.x // tiles):
             end = min((part + 1) * span * wide, elements)
             for k in range(VECTOR):
@@ -79,38 +78,46 @@ def moments(real) -> Kernel:
                     for b in range(BATCH):
                         if k < has[b]:
                             fresh += 1
-                            guess += float64(values[b * VECTOR + k]) - shifts[k]
+                            guess += float64(values[b * VECTOR + k])
                     if counts[k] == 0:
                         guesses[k] = guess / max(fresh, 1)
                     counts[k] += fresh
                     for b in range(BATCH):
                         if k < has[b]:
-                            d = (float64(values[b * VECTOR + k]) - shifts[k]) - guesses[k]
+                            d = float64(values[b * VECTOR + k]) - guesses[k]
                             offs[k] += d
                             squares[k] += d * d
             for k in range(VECTOR):
-                low = offs[k] / max(counts[k], 1)
-                squares[k] = max(squares[k] - offs[k] * low, 0.0)
-                guesses[k] += low
+                offs[k] /= max(counts[k], 1)
+                squares[k] = max(squares[k] - counts[k] * offs[k] * offs[k], 0.0)
                 if at + k < limit:
-                    numbers[at + k] = counts[k] * guesses[k]
+                    numbers[at + k] = counts[k] * (guesses[k] + offs[k])
             fold(numbers, folds, channels, thread, threads)
             n = min((part + 1) * span * folds, rows) - part * span * folds
             for k in range(VECTOR):
                 if at + k < limit:
-                    shifted = numbers[columns[k] - tile * width] / n
-                    offs[k] = shifted
-                    squares[k] += counts[k] * (guesses[k] - shifted) * (guesses[k] - shifted)
-            barrier()
-            for k in range(VECTOR):
-                if at + k < limit:
-                    numbers[at + k] = squares[k]
-            fold(numbers, folds, channels, thread, threads)
+                    means[k] = numbers[columns[k] - tile * width] / n
+                    offs[k] = (guesses[k] - means[k]) + offs[k] if counts[k] > 0 else 0.0
+                    squares[k] += counts[k] * offs[k] * offs[k]
+            for which in range(2):
+                barrier()
+                for k in range(VECTOR):
+                    if at + k < limit:
+                        numbers[at + k] = counts[k] * offs[k] if which == 0 else squares[k]
+                fold(numbers, folds, channels, thread, threads)
+                for k in range(VECTOR):
+                    if at + k < min(limit, channels):
+                        if which == 0:
+                            guesses[k] = numbers[at + k]
+                        else:
+                            squares[k] = numbers[at + k]
             for k in range(VECTOR):
                 if at + k < min(limit, channels):
+                    low = guesses[k] / n
                     known[part * channels + columns[k]] = n
-                    known[plane + part * channels + columns[k]] = offs[k]
-                    known[2 * plane + part * channels + columns[k]] = numbers[at + k]
+                    known[plane + part * channels + columns[k]] = means[k]
+                    known[2 * plane + part * channels + columns[k]] = low
+                    known[3 * plane + part * channels + columns[k]] = squares[k] - guesses[k] * low
             barrier()
 
     return columns_moments

@@ -54,8 +54,6 @@ class Plan(NamedTuple):
     merge_geometry: tuple[int, ...]
     """What the kernels that merge are told: channels, parts, and where part e of channel c lies,
     which is at ``e * apart + c * step``."""
-    size: int
-    """How far the first elements of two adjacent channels are apart."""
     pass_blocks: int
     pass_geometry: tuple[int, ...]
     """What the elementwise kernels are told."""
@@ -93,7 +91,6 @@ def _plan_rows(samples: int, channels: int, size: int, launch: Launch) -> Plan:
         sum_geometry=(samples, channels, size, runs, length, pieces, parts, groups),
         parts=parts,
         merge_geometry=(channels, parts, 1, parts),
-        size=size,
         pass_blocks=min(launch.blocks, -(-elements // chunk)),
         pass_geometry=(elements, channels, size, chunk),
         vectors=True,
@@ -131,7 +128,6 @@ def _plan_columns(rows: int, channels: int, launch: Launch) -> Plan:
         sum_geometry=(rows, channels, fold, width, tiles, span, parts),
         parts=parts,
         merge_geometry=(channels, parts, channels, 1),
-        size=1,
         pass_blocks=blocks(pass_parts),
         pass_geometry=(rows, channels, fold, width, tiles, pass_span, pass_parts),
         vectors=fold * channels % VECTOR == 0,

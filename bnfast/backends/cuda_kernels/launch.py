@@ -153,7 +153,7 @@ def _kernel(name: str, itemsize: int) -> tuple[Any, Any]:
 def measure(call: Call, x: Any) -> Any:
     """Return mean and m2 of every channel, on the device."""
     plan, channels = call.plan, call.channels
-    known = call.numbers("known", 3 * plan.parts * channels)
+    known = call.numbers("known", 4 * plan.parts * channels)
     result = call.numbers("result", 2 * channels)
     call.run(
         f"{call.form}.moments", plan.sum_blocks,
@@ -161,7 +161,7 @@ def measure(call: Call, x: Any) -> Any:
     )  # fmt: skip
     call.run(
         "merging.moments", min(channels, call.launch.blocks),
-        pointer(x), pointer(known), pointer(result), plan.size, *plan.merge_geometry,
+        pointer(known), pointer(result), *plan.merge_geometry,
     )  # fmt: skip
     return result
 

@@ -9,18 +9,17 @@ is number ``e * apart + c * step`` of its plane.
 from __future__ import annotations
 
 from bnfast.backends.cuda_kernels.driver import MOST_THREADS, cuda, float64
-from bnfast.backends.cuda_kernels.reductions import total
-from bnfast.backends.cuda_kernels.signatures import Elements, Kernel, Numbers
+from bnfast.backends.cuda_kernels.reductions import totals
+from bnfast.backends.cuda_kernels.signatures import Kernel, Numbers
 
 
 def moments(real) -> Kernel:
-    """Return the kernel that merges count, mean and m2: planes 0, 1 and 2."""
+    """Return the kernel that merges count, first mean, what it is off by, and m2: planes 0 to 3."""
 
     def merge_moments(
-        x: Elements, known: Numbers, result: Numbers, size: int,
-        channels: int, parts: int, apart: int, step: int,
-    ) -> None:  # fmt: skip
-        numbers = cuda.shared.array(MOST_THREADS, float64)
+        known: Numbers, result: Numbers, channels: int, parts: int, apart: int, step: int
+    ) -> None:
+        numbers = cuda.shared.array(2 * MOST_THREADS, float64)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         plane = parts * channels
         for c in range(cuda.blockIdx.x, channels, cuda.gridDim.x):
@@ -28,18 +27,19 @@ def moments(real) -> Kernel:
             for e in range(thread, parts, threads):
                 at = e * apart + c * step
                 count += known[at]
-                first += known[at] * known[plane + at]
-            count = total(count, numbers, thread, threads)
-            mean = total(first, numbers, thread, threads) / count
-            squares = 0.0
+                first += known[at] * (known[plane + at] + known[2 * plane + at])
+            count, first = totals(count, first, numbers, thread, threads)
+            mean = first / count
+            off, squares = 0.0, 0.0
             for e in range(thread, parts, threads):
                 at = e * apart + c * step
-                off = known[plane + at] - mean
-                squares += known[2 * plane + at] + known[at] * off * off
-            squares = total(squares, numbers, thread, threads)
+                distance = (known[plane + at] - mean) + known[2 * plane + at]
+                off += known[at] * distance
+                squares += known[3 * plane + at] + known[at] * distance * distance
+            off, squares = totals(off, squares, numbers, thread, threads)
             if thread == 0:
-                result[c] = float64(x[c * size]) + mean
-                result[channels + c] = squares
+                result[c] = mean + off / count
+                result[channels + c] = squares - off * (off / count)
 
     return merge_moments
 
@@ -51,7 +51,7 @@ def sums(real) -> Kernel:
         known: Numbers, invstd: Numbers, result: Numbers,
         channels: int, parts: int, apart: int, step: int,
     ) -> None:  # fmt: skip
-        numbers = cuda.shared.array(MOST_THREADS, float64)
+        numbers = cuda.shared.array(2 * MOST_THREADS, float64)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         plane = parts * channels
         for c in range(cuda.blockIdx.x, channels, cuda.gridDim.x):
@@ -60,8 +60,7 @@ def sums(real) -> Kernel:
                 at = e * apart + c * step
                 dy += known[at]
                 dy_off += known[plane + at]
-            dy = total(dy, numbers, thread, threads)
-            dy_off = total(dy_off, numbers, thread, threads)
+            dy, dy_off = totals(dy, dy_off, numbers, thread, threads)
             if thread == 0:
                 result[c] = dy
                 result[channels + c] = dy_off * invstd[c]

@@ -41,3 +41,14 @@ def total(value, numbers, thread, threads):
     result = numbers[0]
     barrier()
     return result
+
+
+@device
+def totals(one, other, numbers, thread, threads):
+    """Return the sums of two numbers of each thread, to all of them."""
+    numbers[2 * thread] = one
+    numbers[2 * thread + 1] = other
+    fold(numbers, threads, 2, thread, threads)
+    first, second = numbers[0], numbers[1]
+    barrier()
+    return first, second

@@ -41,7 +41,7 @@ from bnfast.backends.cuda_kernels.driver import (
     int64,
 )
 from bnfast.backends.cuda_kernels.geometry import TABLE
-from bnfast.backends.cuda_kernels.reductions import total
+from bnfast.backends.cuda_kernels.reductions import total, totals
 from bnfast.backends.cuda_kernels.signatures import Elements, Kernel, Numbers
 
 BATCH = 4
@@ -49,17 +49,18 @@ BATCH = 4
 
 
 def moments(real) -> Kernel:
-    """Return the kernel that measures count, mean and m2 of each part.
+    """Return the kernel that measures each part: count, a first mean, what it is off by, and m2.
 
-    A thread sums deviations from the mean of its first batch, which in turn is taken of deviations
-    from the channel's first element: small numbers, so that no digit is lost to a large mean.
+    A thread sums deviations from the mean of its first batch, and their squares. The block then
+    takes a first mean of all, and sums the threads' distances to it: small numbers, so that no
+    digit is lost to a large mean, or to an outlier that was met first.
     """
 
     def rows_moments(
         x: Elements, known: Numbers, samples: int, channels: int, size: int,
         runs: int, length: int, pieces: int, parts: int, groups: int, aligned: bool,
     ) -> None:  # fmt: skip
-        numbers = cuda.shared.array(MOST_THREADS, float64)
+        numbers = cuda.shared.array(2 * MOST_THREADS, float64)
         values = cuda.local.array(VECTOR * BATCH, real)
         lows = cuda.local.array(BATCH, int64)
         highs = cuda.local.array(BATCH, int64)
@@ -70,7 +71,6 @@ def moments(real) -> Kernel:
             first_run = task // (pieces * channels) * runs
             some = min(runs, samples - first_run)
             begin, end = piece * length, min(piece * length + length, size)
-            shift = float64(x[c * size])
             count, guess, off, squares = 0, 0.0, 0.0, 0.0
             for first in range(thread, some * groups, threads * BATCH):
                 fresh = 0
@@ -88,26 +88,26 @@ def moments(real) -> Kernel:
                 if count == 0:
                     for j in range(VECTOR * BATCH):
                         if lows[j // VECTOR] <= j % VECTOR < highs[j // VECTOR]:
-                            guess += float64(values[j]) - shift
+                            guess += float64(values[j])
                     guess /= max(fresh, 1)
                 count += fresh
                 for j in range(VECTOR * BATCH):
                     if lows[j // VECTOR] <= j % VECTOR < highs[j // VECTOR]:
-                        d = (float64(values[j]) - shift) - guess
+                        d = float64(values[j]) - guess
                         off += d
                         squares += d * d
             low = off / max(count, 1)
-            squares = max(squares - off * low, 0.0)
-            mean = guess + low
             n = some * (end - begin)
-            center = total(count * mean, numbers, thread, threads) / n
-            squares += count * (mean - center) * (mean - center)
-            squares = total(squares, numbers, thread, threads)
+            mean = total(count * (guess + low), numbers, thread, threads) / n
+            off = (guess - mean) + low if count > 0 else 0.0
+            squares = max(squares - count * low * low, 0.0) + count * off * off
+            off, squares = totals(count * off, squares, numbers, thread, threads)
             if thread == 0:
                 at = c * parts + task // (pieces * channels) * pieces + piece
                 known[at] = n
-                known[plane + at] = center
-                known[2 * plane + at] = squares
+                known[plane + at] = mean
+                known[2 * plane + at] = off / n
+                known[3 * plane + at] = squares - off * (off / n)
 
     return rows_moments
 
@@ -120,7 +120,7 @@ def sums(real) -> Kernel:
         samples: int, channels: int, size: int, runs: int, length: int, pieces: int, parts: int,
         groups: int, relu: bool, aligned: bool,
     ) -> None:  # fmt: skip
-        numbers = cuda.shared.array(MOST_THREADS, float64)
+        numbers = cuda.shared.array(2 * MOST_THREADS, float64)
         dys = cuda.local.array(VECTOR, real)
         xs = cuda.local.array(VECTOR, real)
         ys = cuda.local.array(VECTOR, real)
@@ -145,8 +145,7 @@ def sums(real) -> Kernel:
                         g = float64(masked(dys[k], ys[k], relu))
                         sum_g += g
                         sum_off += g * (float64(xs[k]) - mean)
-            sum_g = total(sum_g, numbers, thread, threads)
-            sum_off = total(sum_off, numbers, thread, threads)
+            sum_g, sum_off = totals(sum_g, sum_off, numbers, thread, threads)
             if thread == 0:
                 at = c * parts + task // (pieces * channels) * pieces + piece
                 known[at] = sum_g
