@@ -34,8 +34,16 @@ from bnfast.backends.cuda_kernels.driver import (
 from bnfast.backends.cuda_kernels.reductions import fold
 from bnfast.backends.cuda_kernels.signatures import Elements, Kernel, Numbers
 
+# Numba takes names for sizes, but no products.
+
 BATCH = 4
 """Vectors that a thread asks memory for at a time in a sum."""
+
+BATCHED = BATCH * VECTOR
+"""Elements of a batch."""
+
+NUMBERS = VECTOR * MOST_THREADS
+"""One number for each element that the threads of a block own."""
 
 
 def moments(real) -> Kernel:
@@ -45,8 +53,8 @@ def moments(real) -> Kernel:
         x: Elements, known: Numbers, rows: int, channels: int,
         folds: int, width: int, tiles: int, span: int, parts: int, aligned: bool,
     ) -> None:  # fmt: skip
-        numbers = cuda.shared.array(VECTOR * MOST_THREADS, float64)
-        values = cuda.local.array(VECTOR * BATCH, real)
+        numbers = cuda.shared.array(NUMBERS, float64)
+        values = cuda.local.array(BATCHED, real)
         has = cuda.local.array(BATCH, int64)
         columns = cuda.local.array(VECTOR, int64)
         counts = cuda.local.array(VECTOR, int64)
@@ -131,7 +139,7 @@ def sums(real) -> Kernel:
         rows: int, channels: int, folds: int, width: int, tiles: int, span: int, parts: int,
         relu: bool, aligned: bool,
     ) -> None:  # fmt: skip
-        numbers = cuda.shared.array(VECTOR * MOST_THREADS, float64)
+        numbers = cuda.shared.array(NUMBERS, float64)
         dys = cuda.local.array(VECTOR, real)
         xs = cuda.local.array(VECTOR, real)
         ys = cuda.local.array(VECTOR, real)

@@ -8,8 +8,8 @@ is number ``e * apart + c * step`` of its plane.
 
 from __future__ import annotations
 
-from bnfast.backends.cuda_kernels.driver import MOST_THREADS, cuda, float64
-from bnfast.backends.cuda_kernels.reductions import totals
+from bnfast.backends.cuda_kernels.driver import cuda, float64
+from bnfast.backends.cuda_kernels.reductions import NUMBERS, totals
 from bnfast.backends.cuda_kernels.signatures import Kernel, Numbers
 
 
@@ -19,7 +19,7 @@ def moments(real) -> Kernel:
     def merge_moments(
         known: Numbers, result: Numbers, channels: int, parts: int, apart: int, step: int
     ) -> None:
-        numbers = cuda.shared.array(2 * MOST_THREADS, float64)
+        numbers = cuda.shared.array(NUMBERS, float64)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         plane = parts * channels
         for c in range(cuda.blockIdx.x, channels, cuda.gridDim.x):
@@ -51,7 +51,7 @@ def sums(real) -> Kernel:
         known: Numbers, invstd: Numbers, result: Numbers,
         channels: int, parts: int, apart: int, step: int,
     ) -> None:  # fmt: skip
-        numbers = cuda.shared.array(2 * MOST_THREADS, float64)
+        numbers = cuda.shared.array(NUMBERS, float64)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         plane = parts * channels
         for c in range(cuda.blockIdx.x, channels, cuda.gridDim.x):

@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
-from bnfast.backends.cuda_kernels.driver import barrier, device
+from bnfast.backends.cuda_kernels.driver import MOST_THREADS, barrier, device
 
 FAN = 8
 """Numbers that a thread adds up in one go: more means fewer barriers and longer chains."""
+
+NUMBERS = 2 * MOST_THREADS
+"""Numbers in shared memory that `totals` needs."""
 
 
 @device

@@ -32,7 +32,6 @@ from bnfast.backends.cuda_kernels.arithmetic import (
     wide_output,
 )
 from bnfast.backends.cuda_kernels.driver import (
-    MOST_THREADS,
     VECTOR,
     barrier,
     cuda,
@@ -41,11 +40,19 @@ from bnfast.backends.cuda_kernels.driver import (
     int64,
 )
 from bnfast.backends.cuda_kernels.geometry import TABLE
-from bnfast.backends.cuda_kernels.reductions import total, totals
+from bnfast.backends.cuda_kernels.reductions import NUMBERS, total, totals
 from bnfast.backends.cuda_kernels.signatures import Elements, Kernel, Numbers
+
+# Numba takes names for sizes, but no products.
 
 BATCH = 4
 """Vectors that a thread asks memory for at a time in a sum."""
+
+BATCHED = BATCH * VECTOR
+"""Elements of a batch."""
+
+AFFINE_TABLE, LINE_TABLE = 4 * TABLE, 5 * TABLE
+"""What is known of each run: head, scale, shift, or head, scale, slope, shift; and if they fit."""
 
 
 def moments(real) -> Kernel:
@@ -60,8 +67,8 @@ def moments(real) -> Kernel:
         x: Elements, known: Numbers, samples: int, channels: int, size: int,
         runs: int, length: int, pieces: int, parts: int, groups: int, aligned: bool,
     ) -> None:  # fmt: skip
-        numbers = cuda.shared.array(2 * MOST_THREADS, float64)
-        values = cuda.local.array(VECTOR * BATCH, real)
+        numbers = cuda.shared.array(NUMBERS, float64)
+        values = cuda.local.array(BATCHED, real)
         lows = cuda.local.array(BATCH, int64)
         highs = cuda.local.array(BATCH, int64)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -120,7 +127,7 @@ def sums(real) -> Kernel:
         samples: int, channels: int, size: int, runs: int, length: int, pieces: int, parts: int,
         groups: int, relu: bool, aligned: bool,
     ) -> None:  # fmt: skip
-        numbers = cuda.shared.array(2 * MOST_THREADS, float64)
+        numbers = cuda.shared.array(NUMBERS, float64)
         dys = cuda.local.array(VECTOR, real)
         xs = cuda.local.array(VECTOR, real)
         ys = cuda.local.array(VECTOR, real)
@@ -163,7 +170,7 @@ def normalize(real) -> Kernel:
         eps: float, divisor: float, elements: int, channels: int, size: int, chunk: int,
         add: bool, relu: bool, aligned: bool, reverse: bool,
     ) -> None:  # fmt: skip
-        table = cuda.shared.array(4 * TABLE, real)
+        table = cuda.shared.array(AFFINE_TABLE, real)
         xs = cuda.local.array(VECTOR, real)
         added = cuda.local.array(VECTOR, real)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -212,7 +219,7 @@ def gradient(real) -> Kernel:
         elements: int, channels: int, size: int, chunk: int,
         relu: bool, passes: bool, aligned: bool, reverse: bool,
     ) -> None:  # fmt: skip
-        table = cuda.shared.array(5 * TABLE, real)
+        table = cuda.shared.array(LINE_TABLE, real)
         dys = cuda.local.array(VECTOR, real)
         xs = cuda.local.array(VECTOR, real)
         ys = cuda.local.array(VECTOR, real)
