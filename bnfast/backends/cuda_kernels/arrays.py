@@ -1,0 +1,237 @@
+"""What the backend takes for an array: NumPy's, and those that live on a GPU already.
+
+Kernel forms
+    A NumPy array's form is a NumPy array, which the launch copies in and out. The form of an array
+    on a GPU is a `DeviceArray` of the kernel's shape: an address, a stream, and what keeps the
+    memory. `working` is the frame of a launch on forms of either kind.
+Kinds
+    A result is of the kind of x: CuPy's, torch's, or Numba's, which also stands in for a library
+    that shows its arrays by ``__cuda_array_interface__`` or DLPack alone. The library allocates it,
+    so that its memory pool and its streams hold. A library is looked up in ``sys.modules``: whoever
+    has an array of it has imported it.
+Streams
+    Work on an array is launched where its library would: on torch's and CuPy's current stream, and
+    on the stream that a Numba array is bound to. A number stands for a stream, 0 for Numba's
+    default. Where the arrays of a call are on several, the host waits for the others.
+Simulator
+    Only Numba's own arrays are device arrays there, and they have addresses in host memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Final
+
+import numpy as np
+
+from bnfast import layout
+from bnfast.backends import host_arrays
+from bnfast.backends.cuda_kernels import dlpack, failures
+from bnfast.backends.cuda_kernels.driver import SIMULATED, cuda
+from bnfast.device import DeviceArray, on_device
+from bnfast.layout import Plan
+
+_CUDA_DEVICE_TYPES: Final = frozenset({2, 13})
+"""DLPack's device types that CUDA's kernels read: a GPU's own memory, and managed memory."""
+
+
+def accepts(x: object) -> bool:
+    """Return whether ``x`` is a NumPy array, or lives where a kernel reads it."""
+    if isinstance(x, np.ndarray):
+        return True
+    if SIMULATED:
+        return getattr(x, "__cuda_ndarray__", False) is True
+    if not on_device(x):
+        return False
+    dlpack_device = getattr(x, "__dlpack_device__", None)
+    return dlpack_device is None or dlpack_device()[0] in _CUDA_DEVICE_TYPES
+
+
+def describe(x: Any) -> DeviceArray:
+    """Return what is known of an array on a GPU.
+
+    Raises
+    ------
+    TypeError
+        If it has a mask, or its byte order is not the GPU's.
+    ValueError
+        If its elements are not aligned.
+    RuntimeError
+        If it is a torch tensor that requires grad, while torch records gradients: they would be
+        lost. Inside ``torch.no_grad()`` it is taken, as ``Tensor.numpy()`` takes it.
+    BackendUnavailableError
+        In a process that was forked while CUDA was in use.
+    """
+    failures.refuse_fork()
+    if SIMULATED:
+        return _described(x, x.__array_interface__, 0, 0)
+    interface, stream = _interface_of(x)
+    return _described(x, interface, stream, _device_of(x, interface["data"][0]))
+
+
+def view(x: Any, plan: Plan) -> Any:
+    """Return ``x`` in the form that ``plan`` names: a view, or one copy on the same device."""
+    if isinstance(x, np.ndarray):
+        return host_arrays.view(x, plan)
+    source = x if isinstance(x, DeviceArray) else describe(x)
+    axes = plan.axes or tuple(range(source.ndim))
+    if source.size and not layout.is_dense(axes, source.shape, source.strides, plan.dtype.itemsize):
+        strided = _over(
+            source, plan.memory_shape, tuple(source.strides[axis] for axis in axes)
+        )
+        source = describe(_allocate(plan.memory_shape, None, source, "a contiguous copy"))
+        _copy(source, strided)
+    return _over(source, plan.kernel_shape, _row_major(plan.kernel_shape, plan.dtype.itemsize))
+
+
+def empty(plan: Plan, like: Any) -> Any:
+    """Return an uninitialised array of ``plan.shape``, of the kind and in the place of ``like``."""
+    if isinstance(like, np.ndarray):
+        return host_arrays.empty(plan, like)
+    return _allocate(plan.memory_shape, plan.inverse, like, "the result")
+
+
+def assign(out: DeviceArray, y: Any) -> None:
+    """Copy ``y``, a new array on a GPU, to an array in any memory order."""
+    _copy(out, describe(y))
+
+
+@contextmanager
+def working(*forms: Any) -> Iterator[int]:
+    """Enter the device of ``forms`` and yield the stream to launch on, behind all work on them.
+
+    The stream is that of the first device array among the forms; 0 where all of them are NumPy's.
+    """
+    arrays = [form for form in forms if isinstance(form, DeviceArray)]
+    if not arrays:
+        yield 0
+        return
+    stream = arrays[0].stream
+    others = {array.stream for array in arrays} - {stream}
+    with _on(arrays[0].place):
+        for other in others:
+            _synchronize(other)
+        yield stream
+        if others:  # whoever goes on to use those streams finds the results there
+            _synchronize(stream)
+
+
+def stream_object(stream: int) -> Any:
+    """Return Numba's object for a stream; 0 stands for its default."""
+    return cuda.external_stream(stream) if stream else 0
+
+
+def as_numba(x: DeviceArray) -> Any:
+    """Return a Numba device array over the same memory."""
+    if SIMULATED:
+        return type(cuda.device_array(0))(np.asarray(x))
+    interface = x.__array_interface__ | {"stream": x.stream or None}
+    return cuda.from_cuda_array_interface(interface, owner=x.array, sync=False)
+
+
+def _interface_of(x: Any) -> tuple[dict[str, Any], int]:
+    """Return how ``x`` shows itself, and the stream that its library works on."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "bnfast does not record gradients for torch: call it inside torch.no_grad(), or "
+                "pass tensor.detach()"
+            )
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        return x.detach().__cuda_array_interface__, stream or dlpack.LEGACY_STREAM
+    interface = getattr(x, "__cuda_array_interface__", None)
+    if interface is None:
+        interface = dlpack.interface(x)
+    return interface, interface.get("stream") or 0
+
+
+def _described(x: Any, interface: dict[str, Any], stream: int, device: int) -> DeviceArray:
+    dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
+    strides = interface.get("strides") or _row_major(shape, dtype.itemsize)
+    address, read_only = interface["data"]
+    if interface.get("mask") is not None:
+        raise TypeError("masked arrays are not accepted: the mask would be ignored")
+    if not dtype.isnative:
+        raise TypeError(f"arrays on a GPU have its byte order, got dtype {dtype}")
+    # The library's array interface says nothing of it; kernels load whole elements.
+    if any(offset % dtype.itemsize for offset in (address or 0, *strides)):
+        raise ValueError(f"the elements of an array on a GPU are aligned, got strides {strides}")
+    return DeviceArray(
+        x, shape, tuple(strides), dtype, address or 0, not read_only, f"cuda:{device}", stream
+    )
+
+
+def _device_of(x: Any, address: int) -> int:
+    """Return the number of the device that ``x`` lives on."""
+    dlpack_device = getattr(x, "__dlpack_device__", None)
+    if dlpack_device is not None:
+        return int(dlpack_device()[1])
+    if hasattr(x, "gpu_data"):  # Numba's
+        return int(x.gpu_data.context.device.id)
+    if not address:
+        return int(cuda.current_context().device.id)
+    driver = cuda.cudadrv.driver
+    ordinal = driver.binding.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    return int(driver.driver.cuPointerGetAttribute(ordinal, driver.binding.CUdeviceptr(address)))
+
+
+def _allocate(
+    shape: tuple[int, ...], inverse: tuple[int, ...] | None, like: DeviceArray, purpose: str
+) -> Any:
+    """Return a new array of ``shape`` in C order, seen with its axes permuted by ``inverse``."""
+    with failures.memory_for(purpose, like.nbytes, like.place, cuda):
+        new, kind = None, like.array
+        torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+        if torch is not None and isinstance(kind, torch.Tensor):
+            new = torch.empty(shape, dtype=kind.dtype, device=kind.device)
+            return new if inverse is None else new.permute(inverse)
+        if cupy is not None and isinstance(kind, cupy.ndarray):
+            with kind.device:
+                new = cupy.empty(shape, like.dtype)
+            return new if inverse is None else new.transpose(inverse)
+        strides = _row_major(shape, like.dtype.itemsize)
+        if inverse is not None:
+            shape = tuple(shape[axis] for axis in inverse)
+            strides = tuple(strides[axis] for axis in inverse)
+        with _on(like.place):
+            return cuda.device_array(
+                shape, like.dtype, strides=strides, stream=stream_object(like.stream)
+            )
+
+
+def _copy(to: DeviceArray, source: DeviceArray) -> None:
+    """Copy elements, whatever the strides of either."""
+    if to.size:
+        with working(source, to):
+            as_numba(to)[...] = as_numba(source)
+
+
+def _over(x: DeviceArray, shape: tuple[int, ...], strides: tuple[int, ...]) -> DeviceArray:
+    """Return a description of the memory of ``x`` seen with other axes."""
+    return DeviceArray(x.array, shape, strides, x.dtype, x.address, x.writeable, x.place, x.stream)
+
+
+def _row_major(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Return the strides of an array in C order."""
+    strides, extent = [], itemsize
+    for length in reversed(shape):
+        strides.append(extent)
+        extent *= max(length, 1)
+    return tuple(reversed(strides))
+
+
+def _on(place: str) -> AbstractContextManager[Any]:
+    """Return a context in which a device is the current one."""
+    number = int(place.removeprefix("cuda:"))
+    if SIMULATED or int(cuda.current_context().device.id) == number:
+        return nullcontext()
+    entered: AbstractContextManager[Any] = cuda.gpus[number]
+    return entered
+
+
+def _synchronize(stream: int) -> None:
+    """Wait until all work on a stream is done."""
+    (cuda.external_stream(stream) if stream else cuda.default_stream()).synchronize()
