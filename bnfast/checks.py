@@ -66,7 +66,7 @@ def check_eps(eps: float, training: bool) -> None:
 
 def check_like(array: Any, x: NDArray[Any], name: str, kernels: Kernels) -> NDArray[Any]:
     """Return ``array`` as an array; raise unless it has the shape, dtype and place of ``x``."""
-    if type(array) is not np.ndarray or type(x) is not np.ndarray:
+    if type(array) is not type(x):  # x is a NumPy array and nothing more, or a DeviceArray
         array = _beside(array, x, name, kernels)
         if not isinstance(array, DeviceArray):
             array = channels.as_array(array, name)
@@ -89,7 +89,7 @@ def check_out(
 
     It may be one of the arrays of ``may_be`` itself, but overlaps none of them otherwise.
     """
-    if type(out) is not np.ndarray or type(x) is not np.ndarray:
+    if type(out) is not type(x):
         out = _beside(out, x, "out", kernels)
         if not isinstance(out, np.ndarray | DeviceArray):
             raise TypeError(f"out should be an array like x, got {type(out).__name__}")

@@ -88,7 +88,7 @@ class DeviceArray:
         }
 
     def _places(self) -> NDArray[Any]:
-        """Return a NumPy array of these addresses. **To read an element would end the process.**"""
+        """Return a NumPy array of these addresses: **to read an element would end the process**."""
         return np.asarray(self)
 
 

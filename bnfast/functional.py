@@ -475,9 +475,9 @@ def _deliver(out: Any, y: NDArray[Any], kernels: Kernels) -> NDArray[Any]:
         return y
     delivered: NDArray[Any] = out
     if type(out) is DeviceArray:
+        delivered = out.array
         if out is not y:
             cast("DeviceKernels", kernels).assign(out, y)
-        delivered = out.array
     elif out is not y:
         out[...] = y
     return delivered

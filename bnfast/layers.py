@@ -178,8 +178,8 @@ class _BatchNorm:
             if n:
                 channels.update_running(rows[2:], n, factor, self._views[2], self._views[3])
         if self.training:
-            if out is not None and type(out) is not np.ndarray:
-                out = admit(out, self._ndims, self.backend)
+            if out is not None and type(out) is not type(x):
+                out = admit(out, self._ndims, self.backend)  # once more, for where it lies
             if out is not None and is_same(out, x):
                 self._saved = "its input was overwritten by out=x"
             else:

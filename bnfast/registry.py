@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 AUTO: Final = "auto"
 
+
 class Backend(NamedTuple):
     """One row of `list_backends`."""
 

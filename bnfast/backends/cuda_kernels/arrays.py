@@ -28,10 +28,11 @@ import numpy as np
 
 from bnfast import layout
 from bnfast.backends import host_arrays
-from bnfast.backends.cuda_kernels import dlpack, failures
-from bnfast.backends.cuda_kernels.driver import SIMULATED, cuda
+from bnfast.backends.cuda_kernels import dlpack, driver, failures
 from bnfast.device import DeviceArray, on_device
 from bnfast.layout import Plan
+
+cuda: Final[Any] = driver.cuda
 
 _CUDA_DEVICE_TYPES: Final = frozenset({2, 13})
 """DLPack's device types that CUDA's kernels read: a GPU's own memory, and managed memory."""
@@ -41,7 +42,7 @@ def accepts(x: object) -> bool:
     """Return whether ``x`` is a NumPy array, or lives where a kernel reads it."""
     if isinstance(x, np.ndarray):
         return True
-    if SIMULATED:
+    if driver.SIMULATED:
         return getattr(x, "__cuda_ndarray__", False) is True
     if not on_device(x):
         return False
@@ -60,12 +61,13 @@ def describe(x: Any) -> DeviceArray:
         If its elements are not aligned.
     RuntimeError
         If it is a torch tensor that requires grad, while torch records gradients: they would be
-        lost. Inside ``torch.no_grad()`` it is taken, as ``Tensor.numpy()`` takes it.
+        lost. Inside ``torch.no_grad()`` it is taken, as ``Tensor.numpy()`` takes it. Or if it is a
+        view with its negative bit set.
     BackendUnavailableError
         In a process that was forked while CUDA was in use.
     """
     failures.refuse_fork()
-    if SIMULATED:
+    if driver.SIMULATED:
         return _described(x, x.__array_interface__, 0, 0)
     interface, stream = _interface_of(x)
     return _described(x, interface, stream, _device_of(x, interface["data"][0]))
@@ -78,9 +80,7 @@ def view(x: Any, plan: Plan) -> Any:
     source = x if isinstance(x, DeviceArray) else describe(x)
     axes = plan.axes or tuple(range(source.ndim))
     if source.size and not layout.is_dense(axes, source.shape, source.strides, plan.dtype.itemsize):
-        strided = _over(
-            source, plan.memory_shape, tuple(source.strides[axis] for axis in axes)
-        )
+        strided = _over(source, plan.memory_shape, tuple(source.strides[axis] for axis in axes))
         source = describe(_allocate(plan.memory_shape, None, source, "a contiguous copy"))
         _copy(source, strided)
     return _over(source, plan.kernel_shape, _row_major(plan.kernel_shape, plan.dtype.itemsize))
@@ -125,7 +125,7 @@ def stream_object(stream: int) -> Any:
 
 def as_numba(x: DeviceArray) -> Any:
     """Return a Numba device array over the same memory."""
-    if SIMULATED:
+    if driver.SIMULATED:
         return type(cuda.device_array(0))(np.asarray(x))
     interface = x.__array_interface__ | {"stream": x.stream or None}
     return cuda.from_cuda_array_interface(interface, owner=x.array, sync=False)
@@ -140,6 +140,8 @@ def _interface_of(x: Any) -> tuple[dict[str, Any], int]:
                 "bnfast does not record gradients for torch: call it inside torch.no_grad(), or "
                 "pass tensor.detach()"
             )
+        if x.is_neg():
+            raise RuntimeError("the tensor is a negated view: pass tensor.resolve_neg()")
         stream = torch.cuda.current_stream(x.device).cuda_stream
         return x.detach().__cuda_array_interface__, stream or dlpack.LEGACY_STREAM
     interface = getattr(x, "__cuda_array_interface__", None)
@@ -156,16 +158,18 @@ def _described(x: Any, interface: dict[str, Any], stream: int, device: int) -> D
         raise TypeError("masked arrays are not accepted: the mask would be ignored")
     if not dtype.isnative:
         raise TypeError(f"arrays on a GPU have its byte order, got dtype {dtype}")
-    # The library's array interface says nothing of it; kernels load whole elements.
     if any(offset % dtype.itemsize for offset in (address or 0, *strides)):
-        raise ValueError(f"the elements of an array on a GPU are aligned, got strides {strides}")
+        raise ValueError(
+            f"arrays on a GPU need elements aligned to their {dtype.itemsize} bytes, got address "
+            f"{address:#x} and strides {strides}"
+        )
     return DeviceArray(
         x, shape, tuple(strides), dtype, address or 0, not read_only, f"cuda:{device}", stream
     )
 
 
 def _device_of(x: Any, address: int) -> int:
-    """Return the number of the device that ``x`` lives on."""
+    """Return the number of the GPU that ``x`` lives on."""
     dlpack_device = getattr(x, "__dlpack_device__", None)
     if dlpack_device is not None:
         return int(dlpack_device()[1])
@@ -173,23 +177,22 @@ def _device_of(x: Any, address: int) -> int:
         return int(x.gpu_data.context.device.id)
     if not address:
         return int(cuda.current_context().device.id)
-    driver = cuda.cudadrv.driver
-    ordinal = driver.binding.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    return int(driver.driver.cuPointerGetAttribute(ordinal, driver.binding.CUdeviceptr(address)))
+    calls, names = cuda.cudadrv.driver.driver, cuda.cudadrv.driver.binding
+    ordinal = names.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    return int(calls.cuPointerGetAttribute(ordinal, names.CUdeviceptr(address)))
 
 
 def _allocate(
     shape: tuple[int, ...], inverse: tuple[int, ...] | None, like: DeviceArray, purpose: str
 ) -> Any:
     """Return a new array of ``shape`` in C order, seen with its axes permuted by ``inverse``."""
+    array, torch, cupy = like.array, sys.modules.get("torch"), sys.modules.get("cupy")
     with failures.memory_for(purpose, like.nbytes, like.place, cuda):
-        new, kind = None, like.array
-        torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-        if torch is not None and isinstance(kind, torch.Tensor):
-            new = torch.empty(shape, dtype=kind.dtype, device=kind.device)
-            return new if inverse is None else new.permute(inverse)
-        if cupy is not None and isinstance(kind, cupy.ndarray):
-            with kind.device:
+        if torch is not None and isinstance(array, torch.Tensor):
+            tensor = torch.empty(shape, dtype=array.dtype, device=array.device)
+            return tensor if inverse is None else tensor.permute(inverse)
+        if cupy is not None and isinstance(array, cupy.ndarray):
+            with array.device:
                 new = cupy.empty(shape, like.dtype)
             return new if inverse is None else new.transpose(inverse)
         strides = _row_major(shape, like.dtype.itemsize)
@@ -226,7 +229,7 @@ def _row_major(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 def _on(place: str) -> AbstractContextManager[Any]:
     """Return a context in which a device is the current one."""
     number = int(place.removeprefix("cuda:"))
-    if SIMULATED or int(cuda.current_context().device.id) == number:
+    if driver.SIMULATED or int(cuda.current_context().device.id) == number:
         return nullcontext()
     entered: AbstractContextManager[Any] = cuda.gpus[number]
     return entered
