@@ -88,16 +88,21 @@ def refuse_mask(value: Any) -> None:
         raise TypeError("masked arrays are not accepted: the mask would be ignored")
 
 
-def as_array(value: Any, name: str) -> np.ndarray[Any, Any]:
-    """Return ``value`` as a NumPy array; raise TypeError for one that is masked or on a device."""
-    if type(value) is np.ndarray:
-        return value
-    refuse_mask(value)
+def refuse_device(value: Any, name: str) -> None:
+    """Raise TypeError for an array on a device."""
     if on_device(value):
         raise TypeError(
             f"{name} is {where(value)}, but parameters and running statistics live in host memory, "
             "wherever x is: copy it to a NumPy array first"
         )
+
+
+def as_array(value: Any, name: str) -> np.ndarray[Any, Any]:
+    """Return ``value`` as a NumPy array; raise TypeError for one that is masked or on a device."""
+    if type(value) is np.ndarray:
+        return value
+    refuse_mask(value)
+    refuse_device(value, name)
     return np.asarray(value)
 
 

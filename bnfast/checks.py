@@ -167,6 +167,7 @@ def check_both_running(mean: Any, var: Any) -> None:
 def check_running(running: Any, count: int, name: str) -> None:
     """Raise unless ``running`` is a vector of ``count`` that can be updated in place."""
     if not isinstance(running, np.ndarray):
+        channels.refuse_device(running, name)
         raise TypeError(f"{name} should be an array: training updates it in place")
     channels.refuse_mask(running)
     channels.check_vector(running, count, name)

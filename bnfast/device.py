@@ -113,4 +113,4 @@ def where(x: object) -> str:
     if dlpack_device is None:
         return "on a CUDA device"
     device_type, number = dlpack_device()
-    return f"on {_DEVICES.get(device_type, f'DLPack device type {int(device_type)},')}:{number}"
+    return f"on {_DEVICES.get(device_type, f'DLPack device type {int(device_type)}')}:{number}"

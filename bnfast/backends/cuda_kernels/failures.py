@@ -121,7 +121,7 @@ def _free(cuda: Any) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".:") or type(error).__name__
+    return " ".join(str(error).split()).rstrip(" .:") or type(error).__name__
 
 
 def _dotted(version: tuple[int, ...]) -> str:
