@@ -318,8 +318,11 @@ def _backend(arrays, gpu):
 
         def launch(*inputs, **outputs):
             forms = [*inputs, *outputs.values()]
-            with arrays.working(*forms) as stream:
-                gpu.launches.append((name, gpu.current, stream))
+            x = next(form for form in forms if np.ndim(form) > 1)
+            with arrays.Frame(x) as frame:
+                for form in forms:
+                    frame.join(form)
+                gpu.launches.append((name, gpu.current, int(frame.stream)))
                 kernel(
                     *(
                         np.asarray(form) if isinstance(form, DeviceArray) else form

@@ -146,5 +146,5 @@ def test_old_gpu(gpu):
 def test_bindings_missing():
     error = ModuleNotFoundError("No module named 'cuda.bindings'")
     assert failures.not_imported(error) == (
-        "numba.cuda cannot be imported: No module named 'cuda.bindings'"
+        "numba.cuda cannot be used: No module named 'cuda.bindings'"
     )

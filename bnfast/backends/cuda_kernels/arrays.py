@@ -3,7 +3,7 @@
 Kernel forms
     A NumPy array's form is a NumPy array, which the launch copies in and out. The form of an array
     on a GPU is a `DeviceArray` of the kernel's shape: an address, a stream, and what keeps the
-    memory. `working` is the frame of a launch on forms of either kind.
+    memory. `Frame` is what a launch on forms of either kind happens in.
 Kinds
     A result is of the kind of x: CuPy's, torch's, or Numba's, which also stands in for a library
     that shows its arrays by ``__cuda_array_interface__`` or DLPack alone. The library allocates it,
@@ -19,9 +19,9 @@ Simulator
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import numpy as np
@@ -98,37 +98,46 @@ def assign(out: DeviceArray, y: Any) -> None:
     _copy(out, describe(y))
 
 
-@contextmanager
-def working(*forms: Any) -> Iterator[int]:
-    """Enter the device of ``forms`` and yield the stream to launch on, behind all work on them.
+class Frame:
+    """The device and the stream of a launch: ``with Frame(x) as frame``.
 
-    The stream is that of the first device array among the forms; 0 where all of them are NumPy's.
+    Attributes
+    ----------
+    device : int
+        The device of x, current inside; for a NumPy array, the one that is current anyway.
+    stream : object
+        Numba's stream to launch on: that of x.
     """
-    arrays = [form for form in forms if isinstance(form, DeviceArray)]
-    if not arrays:
-        yield 0
-        return
-    stream = arrays[0].stream
-    others = {array.stream for array in arrays} - {stream}
-    with _on(arrays[0].place):
-        for other in others:
-            _synchronize(other)
-        yield stream
-        if others:  # whoever goes on to use those streams finds the results there
-            _synchronize(stream)
 
+    def __init__(self, x: Any) -> None:
+        failures.refuse_fork()
+        self._number, self._others = 0, set[int]()
+        if isinstance(x, DeviceArray):
+            self._number, self.device = x.stream, _number_of(x.place)
+        else:
+            self.device = 0 if driver.SIMULATED else int(cuda.current_context().device.id)
+        self.stream = _stream(self.device, self._number)
 
-def stream_object(stream: int) -> Any:
-    """Return Numba's object for a stream; 0 stands for its default."""
-    return cuda.external_stream(stream) if stream else 0
+    def __enter__(self) -> Frame:
+        self._entered = _on(self.device)
+        self._entered.__enter__()
+        return self
 
+    def join(self, form: Any) -> None:
+        """Let what is launched from here on come after all work on another form."""
+        if isinstance(form, DeviceArray) and form.stream != self._number:
+            if form.stream not in self._others:
+                _synchronize(self.device, form.stream)
+            self._others.add(form.stream)
 
-def as_numba(x: DeviceArray) -> Any:
-    """Return a Numba device array over the same memory."""
-    if driver.SIMULATED:
-        return type(cuda.device_array(0))(np.asarray(x))
-    interface = x.__array_interface__ | {"stream": x.stream or None}
-    return cuda.from_cuda_array_interface(interface, owner=x.array, sync=False)
+    def memory_for(self, purpose: str, size: int) -> AbstractContextManager[None]:
+        """Return a context that says so where the device has no memory for something."""
+        return failures.memory_for(purpose, size, f"cuda:{self.device}", cuda)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._others:  # whoever goes on to use those streams finds the results there
+            _synchronize(self.device, self._number)
+        self._entered.__exit__(*error)
 
 
 def _interface_of(x: Any) -> tuple[dict[str, Any], int]:
@@ -199,17 +208,26 @@ def _allocate(
         if inverse is not None:
             shape = tuple(shape[axis] for axis in inverse)
             strides = tuple(strides[axis] for axis in inverse)
-        with _on(like.place):
-            return cuda.device_array(
-                shape, like.dtype, strides=strides, stream=stream_object(like.stream)
-            )
+        device = _number_of(like.place)
+        with _on(device):
+            stream = _stream(device, like.stream)
+            return cuda.device_array(shape, like.dtype, strides=strides, stream=stream)
 
 
 def _copy(to: DeviceArray, source: DeviceArray) -> None:
     """Copy elements, whatever the strides of either."""
     if to.size:
-        with working(source, to):
-            as_numba(to)[...] = as_numba(source)
+        with Frame(source) as frame:
+            frame.join(to)
+            _as_numba(to)[...] = _as_numba(source)
+
+
+def _as_numba(x: DeviceArray) -> Any:
+    """Return a Numba device array over the same memory."""
+    if driver.SIMULATED:
+        return type(cuda.device_array(0))(np.asarray(x))
+    interface = x.__array_interface__ | {"stream": x.stream or None}
+    return cuda.from_cuda_array_interface(interface, owner=x.array, sync=False)
 
 
 def _over(x: DeviceArray, shape: tuple[int, ...], strides: tuple[int, ...]) -> DeviceArray:
@@ -226,15 +244,24 @@ def _row_major(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _on(place: str) -> AbstractContextManager[Any]:
+def _number_of(place: str) -> int:
+    return int(place.removeprefix("cuda:"))
+
+
+def _on(device: int) -> AbstractContextManager[Any]:
     """Return a context in which a device is the current one."""
-    number = int(place.removeprefix("cuda:"))
-    if driver.SIMULATED or int(cuda.current_context().device.id) == number:
+    if driver.SIMULATED or int(cuda.current_context().device.id) == device:
         return nullcontext()
-    entered: AbstractContextManager[Any] = cuda.gpus[number]
+    entered: AbstractContextManager[Any] = cuda.gpus[device]
     return entered
 
 
-def _synchronize(stream: int) -> None:
+@functools.lru_cache(maxsize=1024)
+def _stream(device: int, number: int) -> Any:
+    """Return Numba's object for a stream of a device, the same for the same; 0 for its default."""
+    return cuda.external_stream(number) if number else 0
+
+
+def _synchronize(device: int, number: int) -> None:
     """Wait until all work on a stream is done."""
-    (cuda.external_stream(stream) if stream else cuda.default_stream()).synchronize()
+    (_stream(device, number) or cuda.default_stream()).synchronize()

@@ -24,6 +24,8 @@ FORKED: Final = (
     'with multiprocessing.get_context("spawn") or "forkserver"'
 )
 
+BUILT_IN: Final = "the package numba-cuda, which brings Numba's CUDA target, is not installed"
+
 _in_use = False
 _forked = False
 
@@ -67,8 +69,8 @@ def unavailable(cuda: Any) -> str | None:
 
 
 def not_imported(error: ImportError) -> str:
-    """Return the sentence for ``numba.cuda`` that cannot be imported: Numba or bindings missing."""
-    return f"numba.cuda cannot be imported: {_one_line(error)}"
+    """Return the sentence where Numba, numba-cuda or the CUDA bindings are missing or broken."""
+    return f"numba.cuda cannot be used: {_one_line(error)}"
 
 
 def refuse_fork() -> None:

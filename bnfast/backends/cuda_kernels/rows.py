@@ -1,0 +1,266 @@
+"""Kernels for channels-first arrays (N, C, S): a channel is N runs of S adjacent elements.
+
+Elementwise kernels walk the whole array, a chunk at a time, and keep what the runs in a chunk are
+transformed by in shared memory::
+
+    array       aaaaaaabbbbbbbcccccccaaaaaaabbbbbbbccccccc
+    chunk                |<----------->|
+    table                 b c a
+
+Sums take one part of a channel at a time (`geometry.cut_rows`). A run may begin anywhere, so the
+vectors at its ends reach beyond it; what is not of the run does not count.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+from __future__ import annotations
+
+from bnfast.backends.cuda_kernels.arithmetic import (
+    affine_fits,
+    affine_of,
+    gradient_on,
+    line_fits,
+    line_of,
+    load,
+    masked,
+    moved,
+    output,
+    run_of,
+    store,
+    tail_of,
+    wide_gradient,
+    wide_output,
+)
+from bnfast.backends.cuda_kernels.driver import (
+    MOST_THREADS,
+    VECTOR,
+    barrier,
+    cuda,
+    float32,
+    float64,
+    int64,
+)
+from bnfast.backends.cuda_kernels.geometry import TABLE
+from bnfast.backends.cuda_kernels.reductions import total
+from bnfast.backends.cuda_kernels.signatures import Elements, Kernel, Numbers
+
+BATCH = 4
+"""Vectors that a thread asks memory for at a time in a sum."""
+
+
+def moments(real) -> Kernel:
+    """Return the kernel that measures count, mean and m2 of each part.
+
+    A thread sums deviations from the mean of its first batch, which in turn is taken of deviations
+    from the channel's first element: small numbers, so that no digit is lost to a large mean.
+    """
+
+    def rows_moments(
+        x: Elements, known: Numbers, samples: int, channels: int, size: int,
+        runs: int, length: int, pieces: int, parts: int, groups: int, aligned: bool,
+    ) -> None:  # fmt: skip
+        numbers = cuda.shared.array(MOST_THREADS, float64)
+        values = cuda.local.array(VECTOR * BATCH, real)
+        lows = cuda.local.array(BATCH, int64)
+        highs = cuda.local.array(BATCH, int64)
+        thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+        plane, elements = parts * channels, samples * channels * size
+        for task in range(cuda.blockIdx.x, plane, cuda.gridDim.x):
+            c, piece = task // pieces % channels, task % pieces
+            first_run = task // (pieces * channels) * runs
+            some = min(runs, samples - first_run)
+            begin, end = piece * length, min(piece * length + length, size)
+            shift = float64(x[c * size])
+            count, guess, off, squares = 0, 0.0, 0.0, 0.0
+            for first in range(thread, some * groups, threads * BATCH):
+                fresh = 0
+                for b in range(BATCH):
+                    slot = first + b * threads
+                    lows[b], highs[b] = 0, 0
+                    if slot < some * groups:
+                        run = slot // groups
+                        start = ((first_run + run) * channels + c) * size
+                        i = ((start + begin) // VECTOR + slot - run * groups) * VECTOR
+                        lows[b] = max(start + begin - i, 0)
+                        highs[b] = max(min(start + end - i, VECTOR), lows[b])
+                        load(x, i, elements, aligned, values, b * VECTOR)
+                        fresh += highs[b] - lows[b]
+                if count == 0:
+                    for j in range(VECTOR * BATCH):
+                        if lows[j // VECTOR] <= j % VECTOR < highs[j // VECTOR]:
+                            guess += float64(values[j]) - shift
+                    guess /= max(fresh, 1)
+                count += fresh
+                for j in range(VECTOR * BATCH):
+                    if lows[j // VECTOR] <= j % VECTOR < highs[j // VECTOR]:
+                        d = (float64(values[j]) - shift) - guess
+                        off += d
+                        squares += d * d
+            low = off / max(count, 1)
+            squares = max(squares - off * low, 0.0)
+            mean = guess + low
+            n = some * (end - begin)
+            center = total(count * mean, numbers, thread, threads) / n
+            squares += count * (mean - center) * (mean - center)
+            squares = total(squares, numbers, thread, threads)
+            if thread == 0:
+                at = c * parts + task // (pieces * channels) * pieces + piece
+                known[at] = n
+                known[plane + at] = center
+                known[2 * plane + at] = squares
+
+    return rows_moments
+
+
+def sums(real) -> Kernel:
+    """Return the kernel that sums, over each part, g and g times the distance to the mean."""
+
+    def rows_sums(
+        dy: Elements, x: Elements, y: Elements, means: Numbers, known: Numbers,
+        samples: int, channels: int, size: int, runs: int, length: int, pieces: int, parts: int,
+        groups: int, relu: bool, aligned: bool,
+    ) -> None:  # fmt: skip
+        numbers = cuda.shared.array(MOST_THREADS, float64)
+        dys = cuda.local.array(VECTOR, real)
+        xs = cuda.local.array(VECTOR, real)
+        ys = cuda.local.array(VECTOR, real)
+        thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+        plane, elements = parts * channels, samples * channels * size
+        for task in range(cuda.blockIdx.x, plane, cuda.gridDim.x):
+            c, piece = task // pieces % channels, task % pieces
+            first_run = task // (pieces * channels) * runs
+            some = min(runs, samples - first_run)
+            begin, end = piece * length, min(piece * length + length, size)
+            mean, sum_g, sum_off = means[c], 0.0, 0.0
+            for slot in range(thread, some * groups, threads):
+                run = slot // groups
+                start = ((first_run + run) * channels + c) * size
+                i = ((start + begin) // VECTOR + slot - run * groups) * VECTOR
+                load(dy, i, elements, aligned, dys, 0)
+                load(x, i, elements, aligned, xs, 0)
+                if relu:
+                    load(y, i, elements, aligned, ys, 0)
+                for k in range(VECTOR):
+                    if start + begin <= i + k < start + end:
+                        g = float64(masked(dys[k], ys[k], relu))
+                        sum_g += g
+                        sum_off += g * (float64(xs[k]) - mean)
+            sum_g = total(sum_g, numbers, thread, threads)
+            sum_off = total(sum_off, numbers, thread, threads)
+            if thread == 0:
+                at = c * parts + task // (pieces * channels) * pieces + piece
+                known[at] = sum_g
+                known[plane + at] = sum_off
+
+    return rows_sums
+
+
+def normalize(real) -> Kernel:
+    """Return the kernel of ``normalize``, and of the second half of ``train``."""
+    exact = real is float64
+
+    def rows_normalize(
+        x: Elements, residual: Elements, y: Elements, moments: Numbers, affine: Numbers,
+        eps: float, divisor: float, elements: int, channels: int, size: int, chunk: int,
+        add: bool, relu: bool, aligned: bool, reverse: bool,
+    ) -> None:  # fmt: skip
+        heads = cuda.shared.array(TABLE, real)
+        scales = cuda.shared.array(TABLE, real)
+        shifts = cuda.shared.array(TABLE, real)
+        fitting = cuda.shared.array(TABLE, real)
+        xs = cuda.local.array(VECTOR, real)
+        added = cuda.local.array(VECTOR, real)
+        thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+        chunks = (elements + chunk - 1) // chunk
+        inverse = float32(1.0 / size)
+        for step in range(cuda.blockIdx.x, chunks, cuda.gridDim.x):
+            at = (chunks - 1 - step if reverse else step) * chunk
+            end = min(at + chunk, elements)
+            first = at // size
+            left = (first + 1) * size - at
+            for run in range(thread, (end - 1) // size - first + 1, threads):
+                c = (first + run) % channels
+                mean, scale, bias = affine_of(moments, affine, divisor, eps, channels, c)
+                heads[run] = mean
+                scales[run] = scale
+                shifts[run] = moved(bias, tail_of(mean, heads[run]), scale)
+                fitting[run] = affine_fits(mean, scale, bias)
+            barrier()
+            for i in range(at + VECTOR * thread, end, VECTOR * threads):
+                load(x, i, end, aligned, xs, 0)
+                if add:
+                    load(residual, i, end, aligned, added, 0)
+                for k in range(VECTOR):
+                    run = run_of(i + k - at, left, inverse)
+                    if exact or fitting[run] != 0:
+                        xs[k] = output(
+                            xs[k], added[k], heads[run], scales[run], shifts[run], add, relu
+                        )
+                    else:
+                        c = (first + run) % channels
+                        mean, scale, bias = affine_of(moments, affine, divisor, eps, channels, c)
+                        xs[k] = wide_output(xs[k], added[k], mean, scale, bias, add, relu)
+                store(y, i, end, aligned, xs, 0)
+            barrier()
+
+    return rows_normalize
+
+
+def gradient(real) -> Kernel:
+    """Return the kernel of ``backward_input``, and of the second half of ``backward``."""
+    exact = real is float64
+
+    def rows_gradient(
+        dy: Elements, x: Elements, y: Elements, dx: Elements, dresidual: Elements,
+        factors: Numbers, sums: Numbers, count: float,
+        elements: int, channels: int, size: int, chunk: int,
+        relu: bool, passes: bool, aligned: bool, reverse: bool,
+    ) -> None:  # fmt: skip
+        heads = cuda.shared.array(TABLE, real)
+        scales = cuda.shared.array(TABLE, real)
+        slopes = cuda.shared.array(TABLE, real)
+        shifts = cuda.shared.array(TABLE, real)
+        fitting = cuda.shared.array(TABLE, real)
+        dys = cuda.local.array(VECTOR, real)
+        xs = cuda.local.array(VECTOR, real)
+        ys = cuda.local.array(VECTOR, real)
+        thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+        chunks = (elements + chunk - 1) // chunk
+        inverse = float32(1.0 / size)
+        for step in range(cuda.blockIdx.x, chunks, cuda.gridDim.x):
+            at = (chunks - 1 - step if reverse else step) * chunk
+            end = min(at + chunk, elements)
+            first = at // size
+            left = (first + 1) * size - at
+            for run in range(thread, (end - 1) // size - first + 1, threads):
+                c = (first + run) % channels
+                mean, scale, slope, offset = line_of(factors, sums, count, channels, c)
+                heads[run] = mean
+                scales[run] = scale
+                slopes[run] = slope
+                shifts[run] = moved(offset, tail_of(mean, heads[run]), slope)
+                fitting[run] = line_fits(mean, scale, slope, offset)
+            barrier()
+            for i in range(at + VECTOR * thread, end, VECTOR * threads):
+                load(dy, i, end, aligned, dys, 0)
+                load(x, i, end, aligned, xs, 0)
+                if relu:
+                    load(y, i, end, aligned, ys, 0)
+                for k in range(VECTOR):
+                    dys[k] = masked(dys[k], ys[k], relu)
+                if passes:
+                    store(dresidual, i, end, aligned, dys, 0)
+                for k in range(VECTOR):
+                    run = run_of(i + k - at, left, inverse)
+                    if exact or fitting[run] != 0:
+                        dys[k] = gradient_on(
+                            dys[k], xs[k], heads[run], slopes[run], scales[run], shifts[run]
+                        )
+                    else:
+                        c = (first + run) % channels
+                        mean, scale, slope, offset = line_of(factors, sums, count, channels, c)
+                        dys[k] = wide_gradient(dys[k], xs[k], mean, slope, scale, offset)
+                store(dx, i, end, aligned, dys, 0)
+            barrier()
+
+    return rows_gradient
