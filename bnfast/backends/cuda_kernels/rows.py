@@ -164,10 +164,7 @@ def normalize(real) -> Kernel:
         eps: float, divisor: float, elements: int, channels: int, size: int, chunk: int,
         add: bool, relu: bool, aligned: bool, reverse: bool,
     ) -> None:  # fmt: skip
-        heads = cuda.shared.array(TABLE, real)
-        scales = cuda.shared.array(TABLE, real)
-        shifts = cuda.shared.array(TABLE, real)
-        fitting = cuda.shared.array(TABLE, real)
+        table = cuda.shared.array(4 * TABLE, real)
         xs = cuda.local.array(VECTOR, real)
         added = cuda.local.array(VECTOR, real)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -181,10 +178,10 @@ def normalize(real) -> Kernel:
             for run in range(thread, (end - 1) // size - first + 1, threads):
                 c = (first + run) % channels
                 mean, scale, bias = affine_of(moments, affine, divisor, eps, channels, c)
-                heads[run] = mean
-                scales[run] = scale
-                shifts[run] = moved(bias, tail_of(mean, heads[run]), scale)
-                fitting[run] = affine_fits(mean, scale, bias)
+                table[run] = mean
+                table[TABLE + run] = scale
+                table[2 * TABLE + run] = moved(bias, tail_of(mean, table[run]), scale)
+                table[3 * TABLE + run] = affine_fits(mean, scale, bias)
             barrier()
             for i in range(at + VECTOR * thread, end, VECTOR * threads):
                 load(x, i, end, aligned, xs, 0)
@@ -192,9 +189,9 @@ def normalize(real) -> Kernel:
                     load(residual, i, end, aligned, added, 0)
                 for k in range(VECTOR):
                     run = run_of(i + k - at, left, inverse)
-                    if exact or fitting[run] != 0:
+                    if exact or table[3 * TABLE + run] != 0:
                         xs[k] = output(
-                            xs[k], added[k], heads[run], scales[run], shifts[run], add, relu
+                            xs[k], added[k], table[run], table[TABLE + run], table[2 * TABLE + run], add, relu
                         )
                     else:
                         c = (first + run) % channels
@@ -216,11 +213,7 @@ def gradient(real) -> Kernel:
         elements: int, channels: int, size: int, chunk: int,
         relu: bool, passes: bool, aligned: bool, reverse: bool,
     ) -> None:  # fmt: skip
-        heads = cuda.shared.array(TABLE, real)
-        scales = cuda.shared.array(TABLE, real)
-        slopes = cuda.shared.array(TABLE, real)
-        shifts = cuda.shared.array(TABLE, real)
-        fitting = cuda.shared.array(TABLE, real)
+        table = cuda.shared.array(5 * TABLE, real)
         dys = cuda.local.array(VECTOR, real)
         xs = cuda.local.array(VECTOR, real)
         ys = cuda.local.array(VECTOR, real)
@@ -235,11 +228,11 @@ def gradient(real) -> Kernel:
             for run in range(thread, (end - 1) // size - first + 1, threads):
                 c = (first + run) % channels
                 mean, scale, slope, offset = line_of(factors, sums, count, channels, c)
-                heads[run] = mean
-                scales[run] = scale
-                slopes[run] = slope
-                shifts[run] = moved(offset, tail_of(mean, heads[run]), slope)
-                fitting[run] = line_fits(mean, scale, slope, offset)
+                table[run] = mean
+                table[TABLE + run] = scale
+                table[2 * TABLE + run] = slope
+                table[3 * TABLE + run] = moved(offset, tail_of(mean, table[run]), slope)
+                table[4 * TABLE + run] = line_fits(mean, scale, slope, offset)
             barrier()
             for i in range(at + VECTOR * thread, end, VECTOR * threads):
                 load(dy, i, end, aligned, dys, 0)
@@ -252,9 +245,9 @@ def gradient(real) -> Kernel:
                     store(dresidual, i, end, aligned, dys, 0)
                 for k in range(VECTOR):
                     run = run_of(i + k - at, left, inverse)
-                    if exact or fitting[run] != 0:
+                    if exact or table[4 * TABLE + run] != 0:
                         dys[k] = gradient_on(
-                            dys[k], xs[k], heads[run], slopes[run], scales[run], shifts[run]
+                            dys[k], xs[k], table[run], table[2 * TABLE + run], table[TABLE + run], table[3 * TABLE + run]
                         )
                     else:
                         c = (first + run) % channels
