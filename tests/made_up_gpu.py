@@ -61,11 +61,6 @@ class Numba(Array):
         self.gpu = gpu
         self.gpu_data = SimpleNamespace(context=gpu.context(device))
 
-    def __setitem__(self, key, value):
-        assert key is Ellipsis
-        assert self.gpu.current == self.number == value.number
-        self.memory[...] = value.memory
-
 
 class Cupy(Array):
     """An array as CuPy makes them: work on it goes to CuPy's current stream."""
@@ -170,7 +165,7 @@ class Gpu(SimpleNamespace):
     """Two GPUs, and what was done with them. It is ``numba.cuda`` for the code under test."""
 
     def __init__(self):
-        super().__init__(current=0, waited=[], full=False, cupy_stream=1, torch_stream=0)
+        super().__init__(current=0, waited=[], copies=[], full=False, cupy_stream=1, torch_stream=0)
         self.gpus = [Device(self, 0), Device(self, 1)]
         self.recording = True  # of torch's gradients
         self.runtime = SimpleNamespace(get_version=lambda: (13, 0))
@@ -208,11 +203,10 @@ class Gpu(SimpleNamespace):
         room = np.full([shape[axis] for axis in order], np.nan, dtype)
         return Numba(room.transpose(np.argsort(order)), self, self.current, stream)
 
-    def from_cuda_array_interface(self, interface, owner, sync):
-        assert owner is not None
-        assert sync is False
-        memory = np.asarray(SimpleNamespace(__array_interface__=interface))
-        return Numba(memory, self, self.current, interface["stream"] or 0)
+    def copy(self, source, target, stream):
+        assert source.place == target.place == f"cuda:{self.current}"
+        self.copies.append(int(stream))
+        np.asarray(target)[...] = np.asarray(source)
 
     # What arrays of each kind are made with.
 
@@ -286,6 +280,8 @@ def install(monkeypatch):
     with monkeypatch.context() as while_imported:
         driver = SimpleNamespace(SIMULATED=False, cuda=gpu)
         while_imported.setattr(cuda_kernels, "driver", driver, raising=False)
+        copying = SimpleNamespace(run=gpu.copy)
+        while_imported.setattr(cuda_kernels, "copying", copying, raising=False)
         path = Path(cuda_kernels.__file__).with_name("arrays.py")
         specification = importlib.util.spec_from_file_location("made_up_arrays", path)
         arrays = importlib.util.module_from_spec(specification)

@@ -28,7 +28,7 @@ import numpy as np
 
 from bnfast import layout
 from bnfast.backends import host_arrays
-from bnfast.backends.cuda_kernels import dlpack, driver, failures
+from bnfast.backends.cuda_kernels import copying, dlpack, driver, failures
 from bnfast.device import DeviceArray, on_device
 from bnfast.layout import Plan
 
@@ -219,15 +219,7 @@ def _copy(to: DeviceArray, source: DeviceArray) -> None:
     if to.size:
         with Frame(source) as frame:
             frame.join(to)
-            _as_numba(to)[...] = _as_numba(source)
-
-
-def _as_numba(x: DeviceArray) -> Any:
-    """Return a Numba device array over the same memory."""
-    if driver.SIMULATED:
-        return type(cuda.device_array(0))(np.asarray(x))
-    interface = x.__array_interface__ | {"stream": x.stream or None}
-    return cuda.from_cuda_array_interface(interface, owner=x.array, sync=False)
+            copying.run(source, to, frame.stream)
 
 
 def _over(x: DeviceArray, shape: tuple[int, ...], strides: tuple[int, ...]) -> DeviceArray:
