@@ -94,9 +94,8 @@ class DeviceArray:
 
 def on_device(x: object) -> bool:
     """Return whether ``x`` is an array in memory that a CPU does not read."""
-    if isinstance(x, np.ndarray):  # memory that CUDA maps is among them; the CPU reads it
-        return False
-    # DLPack is asked first: __cuda_array_interface__ of a torch tensor that requires grad raises.
+    # DLPack is asked first: __cuda_array_interface__ of a torch tensor that requires grad raises,
+    # and Numba's arrays in memory that CUDA maps have one, but are NumPy arrays.
     dlpack_device = getattr(x, "__dlpack_device__", None)
     if dlpack_device is not None:
         return dlpack_device()[0] not in _HOST_DEVICE_TYPES

@@ -6,6 +6,9 @@ and the results are those of the ``numpy`` backend to the bit.
 
 from __future__ import annotations
 
+import ctypes
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from made_up_gpu import SHAPE, Array, Cupy, Kind, on_host, refused
@@ -13,6 +16,7 @@ from made_up_gpu import SHAPE, Array, Cupy, Kind, on_host, refused
 import bnfast
 import bnfast.functional as F
 from bnfast import device
+from bnfast.backends.cuda_kernels import dlpack
 from bnfast.testing.bounds import assert_same_bits
 
 
@@ -299,3 +303,23 @@ def test_dlpack_dtypes(gpu, dtype):
     assert described.dtype == values_.dtype
     assert described.strides == values_.strides
     assert described.address == values_.__array_interface__["data"][0]
+
+
+def test_dlpack_by_the_letter():
+    lengths = (ctypes.c_int64 * 2)(3, 4)
+    bfloat16 = {"code": 4, "bits": 16, "lanes": 1}
+    tensor = dlpack._Tensor(
+        data=4096, device_type=2, ndim=2, shape=lengths, byte_offset=256, **bfloat16
+    )
+    new_capsule = ctypes.pythonapi.PyCapsule_New
+    new_capsule.restype = ctypes.py_object
+    new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    capsule = new_capsule(ctypes.addressof(tensor), b"dltensor", None)
+    assert dlpack.interface(SimpleNamespace(__dlpack__=lambda stream: capsule)) == {
+        "version": 3,
+        "shape": (3, 4),
+        "strides": None,
+        "typestr": "|V2",
+        "data": (4096 + 256, False),
+        "stream": 1,
+    }

@@ -29,6 +29,8 @@ def test_host_array_beside_a_device_array(kind, numbers):
     refused(
         TypeError, MIXED.format("residual", "in host memory", "on cuda:0"), layer, x, host.tolist()
     )
+    with pytest.raises(TypeError, match=r"^y is in host memory, but x is on cuda:0: the arrays"):
+        F.batch_norm_backward(x, x, None, np.ones(3), np.ones(3), activation="relu", y=host)
 
 
 @pytest.mark.parametrize("backend", [None, "numpy", "cuda"])
@@ -154,6 +156,9 @@ def test_out_that_overlaps(kind, numbers):
     refused(ValueError, message.format("residual"), layer, kind(apart), residual, out=kind(shifted))
     with pytest.raises(ValueError, match=r"^out overlaps x$"):
         F.batch_norm_backward(kind(apart), kind(x), None, np.ones(3), np.ones(3), out=kind(x))
+    arguments = {"activation": "relu", "y": kind(x), "out": kind(shifted)}
+    with pytest.raises(ValueError, match=r"^out overlaps y$"):
+        F.batch_norm_backward(kind(apart), kind(apart), None, np.ones(3), np.ones(3), **arguments)
 
 
 def test_out_that_interleaves_without_overlapping(kind, numbers):
