@@ -29,8 +29,11 @@ from bnfast.testing import seeding
 
 if TYPE_CHECKING:
     from bad_calls import Scene
+    from made_up_gpu import Gpu, Kind
 
-pytest.register_assert_rewrite("bad_calls", "torch_comparison", "torch_twin", "trained_layers")
+pytest.register_assert_rewrite(
+    "bad_calls", "made_up_gpu", "torch_comparison", "torch_twin", "trained_layers"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -146,6 +149,28 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object], None]]
     memory._reset()
     yield set_bound
     memory._reset()
+
+
+@pytest.fixture
+def gpu(fresh_registry: None, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """Return a made-up GPU that ``auto`` finds."""
+    import made_up_gpu
+
+    return made_up_gpu.install(monkeypatch)
+
+
+@pytest.fixture(params=["cupy", "torch", "numba", "interface", "dlpack"])
+def kind(request: pytest.FixtureRequest, gpu: Gpu) -> Kind:
+    """Return, for each kind of array, what puts NumPy arrays on the made-up GPU as that kind."""
+    from made_up_gpu import Kind
+
+    return Kind(gpu, request.param)
+
+
+@pytest.fixture
+def numbers(rng: np.random.Generator) -> Callable[..., np.ndarray]:
+    """Return a function that draws float32 arrays of a shape."""
+    return lambda *shape: rng.normal(3, 2, shape).astype(np.float32)
 
 
 @pytest.fixture

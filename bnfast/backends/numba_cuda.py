@@ -12,6 +12,8 @@ import functools
 from types import ModuleType
 from typing import Any
 
+from bnfast.backends.cuda_kernels import failures
+from bnfast.device import DeviceArray
 from bnfast.layout import Plan
 from bnfast.spec import Channels, Floats
 
@@ -21,7 +23,7 @@ def unavailable() -> str | None:
     try:
         from bnfast.backends.cuda_kernels import driver
     except ImportError as error:
-        return f"Numba's CUDA target cannot be imported: {error}"
+        return failures.not_imported(error)
     return driver.unavailable()
 
 
@@ -32,18 +34,29 @@ def instruction_set() -> str:
 
 def accepts(x: object) -> bool:
     """Return whether ``x`` is an array that this backend reads where it lies, or copies."""
-    return bool(_launching().accepts(x))
+    return bool(_arrays().accepts(x))
 
 
 def view(x: Any, plan: Plan) -> Floats:
     """Return ``x`` in the form that ``plan`` names: a view where it can be, else one copy."""
-    form: Floats = _launching().view(x, plan)
+    form: Floats = _arrays().view(x, plan)
     return form
 
 
 def empty(plan: Plan, like: Any) -> Any:
     """Return a new, uninitialised array of ``plan.shape`` in the memory order of ``plan``."""
-    return _launching().empty(plan, like)
+    return _arrays().empty(plan, like)
+
+
+def describe(x: Any) -> DeviceArray:
+    """Return what is known of an array on a GPU; see `bnfast.backends.cuda_kernels.arrays`."""
+    described: DeviceArray = _arrays().describe(x)
+    return described
+
+
+def assign(out: DeviceArray, y: Any) -> None:
+    """Copy a new array to a described one in any memory order."""
+    _arrays().assign(out, y)
 
 
 def moments(x: Floats, *, mean: Channels, m2: Channels, num_threads: int) -> None:
@@ -199,3 +212,10 @@ def _launching() -> ModuleType:
     from bnfast.backends.cuda_kernels import launch
 
     return launch
+
+
+@functools.cache
+def _arrays() -> ModuleType:
+    from bnfast.backends.cuda_kernels import arrays
+
+    return arrays

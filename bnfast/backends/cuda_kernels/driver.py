@@ -30,7 +30,9 @@ import numba
 import numpy as np
 from numba import cuda as cuda
 
+from bnfast.backends.cuda_kernels import failures
 from bnfast.backends.cuda_kernels.signatures import signature
+from bnfast.device import DeviceArray
 
 SIMULATED: bool = bool(numba.config.ENABLE_CUDASIM)
 
@@ -73,13 +75,15 @@ if SIMULATED:
         """Return what a kernel takes for the elements of an array from ``at`` on."""
         if array is None:
             return None
-        host = array if isinstance(array, np.ndarray) else array._ary
-        return Pointer(host.reshape(-1)[at:])
+        return Pointer(_host(array).reshape(-1)[at:])
 
     def address(array: Any) -> int:
         """Return where an array on the device lies."""
-        host = array if isinstance(array, np.ndarray) else array._ary
-        return int(host.ctypes.data)
+        return int(_host(array).ctypes.data)
+
+    def _host(array: Any) -> Any:
+        """Return the NumPy array that the simulator has for an array on the device."""
+        return array._ary if hasattr(array, "_ary") else np.asarray(array)
 
     def configure(kernel: Any, real: Any, blocks: int, threads: int, stream: Any) -> Any:
         """Return a function that launches a kernel, which numbers cannot make fail or warn."""
@@ -115,6 +119,8 @@ if SIMULATED:
             pointer[i + k] = values[at + k]
 
 else:
+    if cuda.implementation == "Built-in":
+        raise ImportError(failures.BUILT_IN)
     from llvmlite import ir
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
@@ -125,6 +131,8 @@ else:
 
     def address(array: Any) -> int:
         """Return where an array on the device lies."""
+        if isinstance(array, DeviceArray):
+            return array.address
         return array.__cuda_array_interface__["data"][0]
 
     def pointer(array: Any, at: int = 0) -> int:
@@ -208,9 +216,7 @@ real_types: dict[int, Any] = {4: float32, 8: float64}
 
 def unavailable() -> str | None:
     """Return None, or one sentence saying why kernels cannot run here."""
-    if SIMULATED or cuda.is_available():
-        return None
-    return f"CUDA cannot be used: {cuda.cuda_error()}"
+    return None if SIMULATED else failures.unavailable(cuda)
 
 
 @functools.cache

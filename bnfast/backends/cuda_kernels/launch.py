@@ -18,23 +18,26 @@ from typing import Any
 import numpy as np
 
 from bnfast.backends.cuda_kernels import columns, driver, geometry, merging, rows
-from bnfast.backends.cuda_kernels.arrays import accepts, empty, stream_of, view
+from bnfast.backends.cuda_kernels.arrays import Frame
 from bnfast.backends.cuda_kernels.driver import cuda, pointer
 from bnfast.backends.cuda_kernels.geometry import Launch
 from bnfast.spec import Channels
 
+
 class _Desk(threading.local):
-    """Buffers of float64 on the device, by stream and purpose; they grow and never shrink."""
+    """Buffers of float64, by device, stream and purpose; they grow and never shrink."""
 
     def __init__(self) -> None:
-        self.buffers: dict[tuple[Any, str], Any] = {}
+        self.buffers: dict[tuple[int, Any, str], Any] = {}
 
-    def numbers(self, stream: Any, purpose: str, count: int) -> Any:
+    def numbers(self, frame: Frame, purpose: str, count: int) -> Any:
         """Return an array of at least ``count`` numbers."""
-        held = self.buffers.get((stream, purpose))
+        key = frame.device, frame.stream, purpose
+        held = self.buffers.get(key)
         if held is None or held.size < count:
-            held = cuda.device_array(max(count, 1024), np.float64)
-            self.buffers[stream, purpose] = held
+            count = max(count, 1024)
+            with frame.memory_for("the sums of parts", 8 * count):
+                held = self.buffers[key] = cuda.device_array(count, np.float64)
         return held
 
 
@@ -43,15 +46,15 @@ _desk = _Desk()
 _assumed: Launch | None = None
 
 
-def _preferred() -> Launch:
-    """Return how kernels are launched on the current device.
+def _preferred(device: int) -> Launch:
+    """Return how kernels are launched on a device.
 
     256 threads are few enough that a multiprocessor holds several blocks, some of which wait for
     memory while others add up. Each thread of the simulator is one of Python.
     """
     if driver.SIMULATED:
         return Launch(threads=8, blocks=3, part=48, rows=4)
-    multiprocessors = driver.multiprocessors(cuda.get_current_device().id)
+    multiprocessors = driver.multiprocessors(device)
     return Launch(threads=256, blocks=8 * multiprocessors, part=4096, rows=8)
 
 
@@ -66,8 +69,9 @@ class Call:
 
     def __init__(self, x: Any) -> None:
         self.on_host = isinstance(x, np.ndarray)
-        self.stream = stream_of(x)
-        self.launch = _assumed or _preferred()
+        self.frame = Frame(x)
+        self.stream = self.frame.stream
+        self.launch = _assumed or _preferred(self.frame.device)
         self.form = "rows" if x.ndim == 3 else "columns"
         self.channels: int = x.shape[1]
         self.plan = geometry.plan(tuple(x.shape), self.launch)
@@ -76,30 +80,38 @@ class Call:
         self._results: list[tuple[Any, Any]] = []
 
     def __enter__(self) -> Call:
+        self.frame.__enter__()
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if error is None:
-            for array, copy in self._results:
-                copy.copy_to_host(array.reshape(-1), stream=self.stream)
+        try:
+            if error is None:
+                for array, copy in self._results:
+                    copy.copy_to_host(array.reshape(-1), stream=self.stream)
+        finally:
+            self.frame.__exit__(kind, error, trace)
 
     def read(self, array: Any) -> Any:
         """Return an array on the device that holds what ``array`` holds; None for None."""
         if array is None or not self.on_host:
+            self.frame.join(array)
             return array
         copy = self._copies.get(array.ctypes.data)
         if copy is None:
-            copy = cuda.to_device(array.reshape(-1), stream=self.stream)
+            with self.frame.memory_for("a copy of an input", array.nbytes):
+                copy = cuda.to_device(array.reshape(-1), stream=self.stream)
             self._copies[array.ctypes.data] = copy
         return copy
 
     def write(self, array: Any) -> Any:
         """Return an array on the device that ``array`` will have been filled from."""
         if array is None or not self.on_host:
+            self.frame.join(array)
             return array
         copy = self._copies.get(array.ctypes.data)
         if copy is None:
-            copy = cuda.device_array(array.size, array.dtype, stream=self.stream)
+            with self.frame.memory_for("a result", array.nbytes):
+                copy = cuda.device_array(array.size, array.dtype, stream=self.stream)
         self._results.append((array, copy))
         return copy
 
@@ -112,7 +124,7 @@ class Call:
 
     def numbers(self, purpose: str, count: int) -> Any:
         """Return room for numbers on the device; what it holds is lost in the next call."""
-        return _desk.numbers(self.stream, purpose, count)
+        return _desk.numbers(self.frame, purpose, count)
 
     def bring(self, result: Any, *vectors: Channels) -> None:
         """Fill channel vectors from the device, where they lie one after the other."""

@@ -197,7 +197,13 @@ def normalize(real) -> Kernel:
                     run = run_of(i + k - at, left, inverse)
                     if exact or table[3 * TABLE + run] != 0:
                         xs[k] = output(
-                            xs[k], added[k], table[run], table[TABLE + run], table[2 * TABLE + run], add, relu
+                            xs[k],
+                            added[k],
+                            table[run],
+                            table[TABLE + run],
+                            table[2 * TABLE + run],
+                            add,
+                            relu,
                         )
                     else:
                         c = (first + run) % channels
@@ -253,7 +259,12 @@ def gradient(real) -> Kernel:
                     run = run_of(i + k - at, left, inverse)
                     if exact or table[4 * TABLE + run] != 0:
                         dys[k] = gradient_on(
-                            dys[k], xs[k], table[run], table[2 * TABLE + run], table[TABLE + run], table[3 * TABLE + run]
+                            dys[k],
+                            xs[k],
+                            table[run],
+                            table[2 * TABLE + run],
+                            table[TABLE + run],
+                            table[3 * TABLE + run],
                         )
                     else:
                         c = (first + run) % channels
