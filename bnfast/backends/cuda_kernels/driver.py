@@ -46,7 +46,7 @@ MOST_THREADS = 512
 if SIMULATED:
     float32: Any = np.float32
     float64: Any = np.float64
-    int32: Any = int
+    int32: Any = np.int32
     int64: Any = np.int64
     sqrt: Any = np.sqrt
 

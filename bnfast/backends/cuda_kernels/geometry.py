@@ -113,7 +113,7 @@ def _plan_columns(rows: int, channels: int, launch: Launch) -> Plan:
     tiles = -(-channels // room)
     width = fold * channels if tiles == 1 else room
     wide_rows = -(-rows // fold)
-    span = max(launch.rows, min(-(-wide_rows // MOST_PARTS), LONGEST * launch.rows))
+    span = max(launch.rows, min(-(-wide_rows // MOST_PARTS), 2 * launch.rows))
     parts = -(-wide_rows // span)
     pass_span = max(1, min(SPAN, wide_rows * tiles // launch.blocks))
     pass_parts = -(-wide_rows // pass_span)
