@@ -303,9 +303,7 @@ def gradient(real) -> Kernel:
                         load(y, start + at, stop, aligned, ys, 0)
                     for k in range(VECTOR):
                         gs[k] = masked(gs[k], ys[k], relu)
-                        xs[k] = gradient_on(
-                            gs[k], xs[k], heads[k], slopes[k], scales[k], shifts[k]
-                        )
+                        xs[k] = gradient_on(gs[k], xs[k], heads[k], slopes[k], scales[k], shifts[k])
                     if passes:
                         store(dresidual, start + at, stop, aligned, gs, 0)
                     store(dx, start + at, stop, aligned, xs, 0)
