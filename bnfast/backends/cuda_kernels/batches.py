@@ -16,6 +16,12 @@ BATCH = 4
 BATCHED = BATCH * VECTOR
 """Elements of a batch. Numba takes names for sizes, but no products."""
 
+PAIR = 2
+"""Vectors of each array that an elementwise pass asks for at a time."""
+
+PAIRED = PAIR * VECTOR
+"""Elements of so many."""
+
 
 @device
 def mean_of(values, lows, highs, fresh):

@@ -24,7 +24,7 @@ from bnfast.backends.cuda_kernels.arithmetic import (
     store,
     tail_of,
 )
-from bnfast.backends.cuda_kernels.batches import BATCH, BATCHED
+from bnfast.backends.cuda_kernels.batches import BATCH, BATCHED, PAIR, PAIRED
 from bnfast.backends.cuda_kernels.driver import (
     MOST_THREADS,
     VECTOR,
@@ -213,8 +213,8 @@ def normalize(real) -> Kernel:
         folds: int, width: int, tiles: int, span: int, parts: int,
         add: bool, relu: bool, aligned: bool, reverse: bool,
     ) -> None:  # fmt: skip
-        xs = cuda.local.array(VECTOR, real)
-        added = cuda.local.array(VECTOR, real)
+        xs = cuda.local.array(PAIRED, real)
+        added = cuda.local.array(PAIRED, real)
         heads = cuda.local.array(VECTOR, real)
         scales = cuda.local.array(VECTOR, real)
         shifts = cuda.local.array(VECTOR, real)
@@ -236,22 +236,28 @@ def normalize(real) -> Kernel:
             begin = part * span * wide + tile * width
             end = min((part + 1) * span * wide, elements)
             start = begin
-            while start < end:
-                stop = min(start + limit, end)
-                if fit and start + at < stop:
-                    load(x, start + at, stop, aligned, xs, 0)
+            while fit and start < end:
+                for b in range(PAIR):
+                    i, stop = start + b * wide, min(start + b * wide + limit, end)
+                    load(x, i + at, stop, aligned, xs, b * VECTOR)
                     if add:
-                        load(residual, start + at, stop, aligned, added, 0)
-                    for k in range(VECTOR):
-                        xs[k] = output(xs[k], added[k], heads[k], scales[k], shifts[k], add, relu)
-                    store(y, start + at, stop, aligned, xs, 0)
-                else:
-                    for j in range(start + at, min(start + at + VECTOR, stop)):
-                        other = residual[j] if add else x[j]
-                        c = remainder(j, channels)
-                        y[j] = output_of(
-                            x[j], other, moments, affine, divisor, eps, channels, c, add, relu
-                        )
+                        load(residual, i + at, stop, aligned, added, b * VECTOR)
+                for j in range(PAIRED):
+                    k = j % VECTOR
+                    xs[j] = output(xs[j], added[j], heads[k], scales[k], shifts[k], add, relu)
+                for b in range(PAIR):
+                    i, stop = start + b * wide, min(start + b * wide + limit, end)
+                    store(y, i + at, stop, aligned, xs, b * VECTOR)
+                start += PAIR * wide
+            while not fit and start < end:
+                j, stop = start + at, min(start + at + VECTOR, start + limit, end)
+                while j < stop:
+                    c = remainder(j, channels)
+                    other = residual[j] if add else x[j]
+                    y[j] = output_of(
+                        x[j], other, moments, affine, divisor, eps, channels, c, add, relu
+                    )
+                    j += 1
                 start += wide
             step += divide(cuda.gridDim.x, tiles)
 
@@ -294,26 +300,28 @@ def gradient(real) -> Kernel:
             begin = part * span * wide + tile * width
             end = min((part + 1) * span * wide, elements)
             start = begin
-            while start < end:
-                stop = min(start + limit, end)
-                if fit and start + at < stop:
-                    load(dy, start + at, stop, aligned, gs, 0)
-                    load(x, start + at, stop, aligned, xs, 0)
-                    if relu:
-                        load(y, start + at, stop, aligned, ys, 0)
-                    for k in range(VECTOR):
-                        gs[k] = masked(gs[k], ys[k], relu)
-                        xs[k] = gradient_on(gs[k], xs[k], heads[k], slopes[k], scales[k], shifts[k])
+            while fit and start < end:
+                i, stop = start + at, min(start + limit, end)
+                load(dy, i, stop, aligned, gs, 0)
+                load(x, i, stop, aligned, xs, 0)
+                if relu:
+                    load(y, i, stop, aligned, ys, 0)
+                for k in range(VECTOR):
+                    gs[k] = masked(gs[k], ys[k], relu)
+                    xs[k] = gradient_on(gs[k], xs[k], heads[k], slopes[k], scales[k], shifts[k])
+                if passes:
+                    store(dresidual, i, stop, aligned, gs, 0)
+                store(dx, i, stop, aligned, xs, 0)
+                start += wide
+            while not fit and start < end:
+                j, stop = start + at, min(start + at + VECTOR, start + limit, end)
+                while j < stop:
+                    c = remainder(j, channels)
+                    g = masked(dy[j], y[j] if relu else dy[j], relu)
                     if passes:
-                        store(dresidual, start + at, stop, aligned, gs, 0)
-                    store(dx, start + at, stop, aligned, xs, 0)
-                else:
-                    for j in range(start + at, min(start + at + VECTOR, stop)):
-                        c = remainder(j, channels)
-                        g = masked(dy[j], y[j] if relu else dy[j], relu)
-                        if passes:
-                            dresidual[j] = g
-                        dx[j] = gradient_of(g, x[j], factors, sums, count, channels, c)
+                        dresidual[j] = g
+                    dx[j] = gradient_of(g, x[j], factors, sums, count, channels, c)
+                    j += 1
                 start += wide
             step += divide(cuda.gridDim.x, tiles)
 

@@ -33,7 +33,7 @@ import numpy as np
 from numba import cuda as _cuda
 
 from bnfast.backends.cuda_kernels import failures
-from bnfast.backends.cuda_kernels.signatures import signature
+from bnfast.backends.cuda_kernels.signatures import launch_bounds, signature
 from bnfast.device import DeviceArray
 
 cuda: Any = _cuda  # whose names type checkers see only some of, those of the simulator
@@ -45,9 +45,6 @@ VECTOR = 4
 
 MOST_THREADS = 256
 """Threads of a block, at most: shared memory is reserved for as many."""
-
-LAUNCH_BOUNDS = 256, 2
-"""On a GPU: threads of a block, and blocks that a multiprocessor must have registers for."""
 
 if SIMULATED:
     float32: Any = np.float32
@@ -134,6 +131,7 @@ else:
         raise ImportError(failures.BUILT_IN)
     from llvmlite import ir
     from numba.cuda import types
+    from numba.cuda.core.errors import NumbaPerformanceWarning
     from numba.cuda.extending import intrinsic
 
     float32, float64, int32, int64 = types.float32, types.float64, types.int32, types.int64
@@ -152,11 +150,14 @@ else:
 
     @functools.cache
     def _compiled(kernel: Any, real: Any) -> Any:
-        return cuda.jit(signature(kernel, real), launch_bounds=LAUNCH_BOUNDS)(kernel)
+        return cuda.jit(signature(kernel, real), launch_bounds=launch_bounds(kernel, real))(kernel)
 
     def configure(kernel: Any, real: Any, blocks: int, threads: int, stream: Any) -> Any:
         """Return a function that launches a kernel."""
-        return _compiled(kernel, real)[blocks, threads, stream]
+        with warnings.catch_warnings():
+            # Small arrays need few blocks; Numba warns of that.
+            warnings.simplefilter("ignore", NumbaPerformanceWarning)
+            return _compiled(kernel, real)[blocks, threads, stream]
 
     @device
     def barrier():

@@ -33,7 +33,14 @@ from bnfast.backends.cuda_kernels.arithmetic import (
     store,
     tail_of,
 )
-from bnfast.backends.cuda_kernels.batches import BATCH, BATCHED, deviations, mean_of
+from bnfast.backends.cuda_kernels.batches import (
+    BATCH,
+    BATCHED,
+    PAIR,
+    PAIRED,
+    deviations,
+    mean_of,
+)
 from bnfast.backends.cuda_kernels.driver import (
     VECTOR,
     barrier,
@@ -47,14 +54,6 @@ from bnfast.backends.cuda_kernels.driver import (
 from bnfast.backends.cuda_kernels.geometry import TABLE
 from bnfast.backends.cuda_kernels.reductions import NUMBERS, total, totals
 from bnfast.backends.cuda_kernels.signatures import Elements, Kernel, Numbers
-
-# Numba takes names for sizes, but no products.
-
-PAIR = 2
-"""Vectors of each array that an elementwise pass asks for at a time."""
-
-PAIRED = PAIR * VECTOR
-"""Elements of so many."""
 
 AFFINE_TABLE, LINE_TABLE = 4 * TABLE, 5 * TABLE
 """What is known of each run: head, scale, shift, or head, scale, slope, shift; and if they fit."""

@@ -1,4 +1,4 @@
-"""How kernels spell their parameters; `signature` turns the annotations into Numba types."""
+"""What a kernel is compiled for: `signature` reads its annotations, `launch_bounds` its name."""
 
 # mypy: disable-error-code="attr-defined"
 
@@ -29,3 +29,13 @@ def signature(kernel: Kernel, real: Any) -> Any:
     }
     *parameters, _ = kernel.__annotations__.values()
     return types.void(*[kinds[kind] for kind in parameters])
+
+
+def launch_bounds(kernel: Kernel, real: Any) -> tuple[int, int]:
+    """Return the threads of a block, and how many blocks a multiprocessor has registers for.
+
+    More blocks hide more of the time that memory takes. These are the most that none of the kernels
+    spills registers with, at any compute capability from 7.5 to 9.0.
+    """
+    many = ("rows_moments", "columns_moments", "columns_normalize")
+    return 256, 2 if real.bitwidth == 64 or kernel.__name__ in many else 3
