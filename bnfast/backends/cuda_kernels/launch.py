@@ -25,18 +25,26 @@ from bnfast.spec import Channels
 
 
 class _Desk(threading.local):
-    """Buffers of float64, by device, stream and purpose; they grow and never shrink."""
+    """Buffers of float64, by device, stream, purpose and size; they are kept."""
 
     def __init__(self) -> None:
-        self.buffers: dict[tuple[int, Any, str], Any] = {}
+        self.buffers: dict[tuple[int, Any, str, int], Any] = {}
 
     def numbers(self, frame: Frame, purpose: str, count: int) -> Any:
-        """Return an array of at least ``count`` numbers."""
-        key = frame.device, frame.stream, purpose
+        """Return an array of ``count`` numbers: to take a part of one would take longer."""
+        key = frame.device, frame.stream, purpose, count
+        held = self.buffers.get(key)
+        if held is None:
+            with frame.memory_for(purpose, 8 * count):
+                held = self.buffers[key] = cuda.device_array(count, np.float64)
+        return held
+
+    def room(self, frame: Frame, purpose: str, count: int) -> Any:
+        """Return an array of at least ``count`` numbers, of which there is one that grows."""
+        key = frame.device, frame.stream, purpose, 0
         held = self.buffers.get(key)
         if held is None or held.size < count:
-            count = max(count, 1024)
-            with frame.memory_for("the sums of parts", 8 * count):
+            with frame.memory_for(purpose, 8 * count):
                 held = self.buffers[key] = cuda.device_array(count, np.float64)
         return held
 
@@ -118,19 +126,23 @@ class Call:
     def send(self, *vectors: Channels) -> Any:
         """Return channel vectors on the device, one after the other."""
         packed = np.concatenate(vectors)
-        sent = self.numbers("sent", packed.size)
-        sent[: packed.size].copy_to_device(packed, stream=self.stream)
+        sent = _desk.numbers(self.frame, "the numbers of the channels", packed.size)
+        sent.copy_to_device(packed, stream=self.stream)
         return sent
 
-    def numbers(self, purpose: str, count: int) -> Any:
-        """Return room for numbers on the device; what it holds is lost in the next call."""
-        return _desk.numbers(self.frame, purpose, count)
+    def result(self) -> Any:
+        """Return room for two numbers per channel; the next call on this stream takes it over."""
+        return _desk.numbers(self.frame, "the sums of the channels", 2 * self.channels)
+
+    def known(self, planes: int) -> Any:
+        """Return room for so many numbers per part and channel."""
+        count = planes * self.plan.parts * self.channels
+        return _desk.room(self.frame, "the sums of parts", count)
 
     def bring(self, result: Any, *vectors: Channels) -> None:
         """Fill channel vectors from the device, where they lie one after the other."""
-        size = sum(vector.size for vector in vectors)
-        packed = np.empty(size)
-        result[:size].copy_to_host(packed, stream=self.stream)
+        packed = np.empty(result.size)
+        result.copy_to_host(packed, stream=self.stream)
         if self.stream:
             self.stream.synchronize()
         at = 0
@@ -165,9 +177,9 @@ def _kernel(name: str, itemsize: int) -> tuple[Any, Any]:
 def measure(call: Call, x: Any) -> Any:
     """Return mean and m2 of every channel, on the device."""
     plan, channels = call.plan, call.channels
-    result = call.numbers("result", 2 * channels)
+    result = call.result()
     whole = plan.parts == 1  # then the first kernel finds the result itself
-    known = result if whole else call.numbers("known", 4 * plan.parts * channels)
+    known = result if whole else call.known(4)
     call.run(
         f"{call.form}.moments", plan.sum_blocks,
         pointer(x), pointer(known), *plan.sum_geometry, call.aligned(x),
@@ -200,9 +212,9 @@ def normalize(
 def add_up(call: Call, dy: Any, x: Any, y: Any, factors: Any, relu: bool) -> Any:
     """Return both sums of every channel, on the device; ``factors`` are mean, invstd, ..."""
     plan, channels = call.plan, call.channels
-    result = call.numbers("result", 2 * channels)
+    result = call.result()
     whole = plan.parts == 1
-    known = result if whole else call.numbers("known", 2 * plan.parts * channels)
+    known = result if whole else call.known(2)
     call.run(
         f"{call.form}.sums", plan.sum_blocks,
         pointer(dy), pointer(x), pointer(y), pointer(factors), pointer(known),
