@@ -43,14 +43,14 @@ def test_out_of_memory(kind, numbers, gpu, call):
 
 
 def test_other_errors_pass_through():
-    with pytest.raises(ZeroDivisionError), failures.memory_for("the result", 8, "cuda:0", None):
+    with pytest.raises(ZeroDivisionError), failures.MemoryFor("the result", 8, "cuda:0", None):
         raise ZeroDivisionError
 
 
 def test_how_much_is_free_may_be_unknown():
     with (
         pytest.raises(MemoryError, match=r"^no memory on cuda:0 for the result of 1,000 bytes$"),
-        failures.memory_for("the result", 1000, "cuda:0", None),
+        failures.MemoryFor("the result", 1000, "cuda:0", None),
     ):
         raise MemoryError
 
