@@ -9,10 +9,13 @@ Header
     Also runs the tests marked ``slow``.
 Closing lines
     For each backend how many tests of the conformance suite really ran on it.
+``NUMBA_ENABLE_CUDASIM=0``
+    Tests the CUDA kernels on a GPU. Otherwise they run in Numba's simulator.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +25,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")  # Numba looks once, when it is imported
 
 import bnfast
 from bnfast import memory, registry
@@ -84,7 +89,7 @@ def pytest_report_header(config: pytest.Config) -> Iterator[str]:
     report = bnfast.show_config("dict")
     for name, row in report["backends"].items():
         state = row["instruction_set"] if row["available"] else f"not here: {row['reason']}"
-        yield f"backend {name}: {state}"
+        yield f"backend {name} (simulator)" if state == "simulator" else f"backend {name}: {state}"
     threads = report["threads"]
     yield f"threads: {threads['error'] or threads['count']} ({threads['source']})"
     yield f"random inputs: --seed {config.option.seed}"
@@ -126,6 +131,16 @@ def absent_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the backend ``absent``, which is known and cannot run."""
     entry = registry.Entry("absent", "absent_kernels", "pip install absent", automatic_for=None)
     monkeypatch.setitem(registry._table, "absent", entry)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Let the backend ``cuda`` be unavailable, whatever is here; return the reason."""
+    reason = "there is no GPU"
+    monkeypatch.setattr("bnfast.backends.numba_cuda.unavailable", lambda: reason)
+    registry._reset()
+    yield reason
+    registry._reset()
 
 
 @pytest.fixture
