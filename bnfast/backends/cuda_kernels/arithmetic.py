@@ -13,6 +13,7 @@ from bnfast.backends.cuda_kernels.driver import (
     VECTOR,
     cast,
     device,
+    divide,
     float32,
     float64,
     fma,
@@ -36,6 +37,12 @@ def quotient(n, inverse):
     (n + 1/2) / d is at least 1 / 2d away from a whole number, and float32 errs by less.
     """
     return int32((float32(int32(n)) + HALF) * inverse)
+
+
+@device
+def remainder(a, b):
+    """Return a % b, for a >= 0 and b > 0."""
+    return a - divide(a, b) * b
 
 
 @device
@@ -124,8 +131,13 @@ def output(x, residual, head, scale, shift, add, relu):
 
 
 @device
-def wide_output(x, residual, mean, scale, bias, add, relu):
-    """Return y for one element of a channel that float32 does not fit."""
+def output_of(x, residual, moments, affine, divisor, eps, channels, c, add, relu):
+    """Return y for one element of channel ``c``, which float32 may not fit."""
+    mean, scale, bias = affine_of(moments, affine, divisor, eps, channels, c)
+    if affine_fits(mean, scale, bias):
+        head = cast(mean, x)
+        shift = moved(bias, tail_of(mean, head), scale)
+        return output(x, residual, head, cast(scale, x), cast(shift, x), add, relu)
     return finish(cast(fma(float64(x) - mean, scale, bias), x), residual, add, relu)
 
 
@@ -150,7 +162,12 @@ def gradient_on(g, x, head, slope, factor, shift):
 
 
 @device
-def wide_gradient(g, x, mean, slope, factor, offset):
-    """Return dx for one element of a channel that float32 does not fit."""
+def gradient_of(g, x, factors, sums, count, channels, c):
+    """Return dx for one element of channel ``c``, which float32 may not fit."""
+    mean, scale, slope, offset = line_of(factors, sums, count, channels, c)
+    if line_fits(mean, scale, slope, offset):
+        head = cast(mean, x)
+        shift = moved(offset, tail_of(mean, head), slope)
+        return gradient_on(g, x, head, cast(slope, x), cast(scale, x), cast(shift, x))
     off = 0.0 if slope == 0 else float64(x) - mean
-    return cast(fma(float64(g), factor, fma(off, slope, offset)), x)
+    return cast(fma(float64(g), scale, fma(off, slope, offset)), x)

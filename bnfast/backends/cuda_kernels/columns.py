@@ -1,7 +1,7 @@
 """Kernels for channels-last arrays (M, C): a channel is a column.
 
-A thread keeps to its columns: a vector of each wide row of a tile (`geometry.cut_columns`), so that
-what it knows of them stays in registers. The blocks share the tiles evenly.
+A thread keeps to its columns: a vector of each wide row of a tile (`geometry.plan`), so that what
+it knows of them stays in registers. The blocks share the tiles evenly.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -11,6 +11,7 @@ from __future__ import annotations
 from bnfast.backends.cuda_kernels.arithmetic import (
     affine_fits,
     affine_of,
+    gradient_of,
     gradient_on,
     line_fits,
     line_of,
@@ -18,36 +19,53 @@ from bnfast.backends.cuda_kernels.arithmetic import (
     masked,
     moved,
     output,
+    output_of,
+    remainder,
     store,
     tail_of,
-    wide_gradient,
-    wide_output,
 )
+from bnfast.backends.cuda_kernels.batches import BATCH, BATCHED
 from bnfast.backends.cuda_kernels.driver import (
     MOST_THREADS,
     VECTOR,
     barrier,
     cuda,
+    device,
+    divide,
     float64,
     int64,
 )
 from bnfast.backends.cuda_kernels.reductions import fold
 from bnfast.backends.cuda_kernels.signatures import Elements, Kernel, Numbers
 
-# Numba takes names for sizes, but no products.
-
-BATCH = 4
-"""Vectors that a thread asks memory for at a time in a sum."""
-
-BATCHED = BATCH * VECTOR
-"""Elements of a batch."""
-
 NUMBERS = VECTOR * MOST_THREADS
 """One number for each element that the threads of a block own."""
 
 
+@device
+def rows_of(first, stop, wide):
+    """Return how many of the elements ``first``, ``first + wide``, ... are before ``stop``."""
+    return divide(stop - first - 1, wide) + 1 if first < stop else 0
+
+
+@device
+def fold_columns(values, numbers, at, limit, folds, channels, thread, threads):
+    """Add up what the threads have of each column; leave the sums of a thread's own in ``values``.
+
+    Every thread of the block has to call it.
+    """
+    for k in range(VECTOR):
+        if at + k < limit:
+            numbers[at + k] = values[k]
+    fold(numbers, folds, channels, thread, threads)
+    for k in range(VECTOR):
+        if at + k < limit:
+            values[k] = numbers[remainder(at + k, channels)]
+    barrier()
+
+
 def moments(real) -> Kernel:
-    """Return the kernel that measures count, mean and m2 of each part, as `rows.moments` does."""
+    """Return the kernel that measures each part, as `rows.moments` does."""
 
     def columns_moments(
         x: Elements, known: Numbers, rows: int, channels: int,
@@ -56,77 +74,68 @@ def moments(real) -> Kernel:
         numbers = cuda.shared.array(NUMBERS, float64)
         values = cuda.local.array(BATCHED, real)
         has = cuda.local.array(BATCH, int64)
-        columns = cuda.local.array(VECTOR, int64)
-        counts = cuda.local.array(VECTOR, int64)
         guesses = cuda.local.array(VECTOR, float64)
         means = cuda.local.array(VECTOR, float64)
         offs = cuda.local.array(VECTOR, float64)
         squares = cuda.local.array(VECTOR, float64)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         wide, elements, plane = folds * channels, rows * channels, parts * channels
-        tile = cuda.blockIdx.x % tiles
-        limit = min(width, wide - tile * width)
-        at = VECTOR * thread
-        for k in range(VECTOR):
-            columns[k] = (tile * width + at + k) % channels
-        for part in range(cuda.blockIdx.x // tiles, parts, cuda.gridDim.x // tiles):
+        block = divide(cuda.blockIdx.x, tiles)
+        tile = cuda.blockIdx.x - block * tiles
+        at, limit = VECTOR * thread, min(width, wide - tile * width)
+        for part in range(block, parts, divide(cuda.gridDim.x, tiles)):
+            begin = part * span * wide + tile * width
             end = min((part + 1) * span * wide, elements)
             for k in range(VECTOR):
-                counts[k], guesses[k], offs[k], squares[k] = 0, 0.0, 0.0, 0.0
-            for row in range(part * span, (part + 1) * span, BATCH):
+                guesses[k], means[k], offs[k], squares[k] = 0.0, 0.0, 0.0, 0.0
+            for start in range(begin, end, BATCH * wide):
+                fresh = 0
                 for b in range(BATCH):
-                    start = (row + b) * wide + tile * width
-                    stop = min(start + limit, end)
-                    has[b] = max(min(stop - start - at, VECTOR), 0)
+                    i = start + b * wide + at
+                    stop = min(start + b * wide + limit, end)
+                    has[b] = max(min(stop - i, VECTOR), 0)
+                    fresh += has[b]
                     if has[b] > 0:
-                        load(x, start + at, stop, aligned, values, b * VECTOR)
+                        load(x, i, stop, aligned, values, b * VECTOR)
+                if start == begin:
+                    for k in range(VECTOR):
+                        for b in range(BATCH):
+                            if k < has[b]:
+                                guesses[k] += float64(values[b * VECTOR + k])
+                        guesses[k] /= max(min(rows_of(begin + at + k, end, wide), BATCH), 1)
                 for k in range(VECTOR):
-                    fresh = 0
-                    guess = 0.0
                     for b in range(BATCH):
-                        if k < has[b]:
-                            fresh += 1
-                            guess += float64(values[b * VECTOR + k])
-                    if counts[k] == 0:
-                        guesses[k] = guess / max(fresh, 1)
-                    counts[k] += fresh
-                    for b in range(BATCH):
-                        if k < has[b]:
+                        if fresh == BATCHED or k < has[b]:
                             d = float64(values[b * VECTOR + k]) - guesses[k]
                             offs[k] += d
                             squares[k] += d * d
             for k in range(VECTOR):
-                offs[k] /= max(counts[k], 1)
-                squares[k] = max(squares[k] - counts[k] * offs[k] * offs[k], 0.0)
-                if at + k < limit:
-                    numbers[at + k] = counts[k] * (guesses[k] + offs[k])
-            fold(numbers, folds, channels, thread, threads)
+                count = rows_of(begin + at + k, end, wide)
+                offs[k] /= max(count, 1)
+                squares[k] = max(squares[k] - count * offs[k] * offs[k], 0.0)
+                means[k] = count * (guesses[k] + offs[k])
+            fold_columns(means, numbers, at, limit, folds, channels, thread, threads)
             n = min((part + 1) * span * folds, rows) - part * span * folds
             for k in range(VECTOR):
-                if at + k < limit:
-                    means[k] = numbers[columns[k] - tile * width] / n
-                    offs[k] = (guesses[k] - means[k]) + offs[k] if counts[k] > 0 else 0.0
-                    squares[k] += counts[k] * offs[k] * offs[k]
-            for which in range(2):
-                barrier()
-                for k in range(VECTOR):
-                    if at + k < limit:
-                        numbers[at + k] = counts[k] * offs[k] if which == 0 else squares[k]
-                fold(numbers, folds, channels, thread, threads)
-                for k in range(VECTOR):
-                    if at + k < min(limit, channels):
-                        if which == 0:
-                            guesses[k] = numbers[at + k]
-                        else:
-                            squares[k] = numbers[at + k]
+                count = rows_of(begin + at + k, end, wide)
+                means[k] /= n
+                off = (guesses[k] - means[k]) + offs[k]
+                offs[k] = count * off if count > 0 else 0.0
+                squares[k] += count * off * off if count > 0 else 0.0
+            fold_columns(offs, numbers, at, limit, folds, channels, thread, threads)
+            fold_columns(squares, numbers, at, limit, folds, channels, thread, threads)
             for k in range(VECTOR):
                 if at + k < min(limit, channels):
-                    low = guesses[k] / n
-                    known[part * channels + columns[k]] = n
-                    known[plane + part * channels + columns[k]] = means[k]
-                    known[2 * plane + part * channels + columns[k]] = low
-                    known[3 * plane + part * channels + columns[k]] = squares[k] - guesses[k] * low
-            barrier()
+                    c = tile * width + at + k
+                    low = offs[k] / n
+                    if parts == 1:
+                        known[c] = means[k] + low
+                        known[channels + c] = squares[k] - offs[k] * low
+                    else:
+                        known[part * channels + c] = n
+                        known[plane + part * channels + c] = means[k]
+                        known[2 * plane + part * channels + c] = low
+                        known[3 * plane + part * channels + c] = squares[k] - offs[k] * low
 
     return columns_moments
 
@@ -143,24 +152,22 @@ def sums(real) -> Kernel:
         dys = cuda.local.array(VECTOR, real)
         xs = cuda.local.array(VECTOR, real)
         ys = cuda.local.array(VECTOR, real)
-        columns = cuda.local.array(VECTOR, int64)
         means = cuda.local.array(VECTOR, float64)
         gs = cuda.local.array(VECTOR, float64)
         offs = cuda.local.array(VECTOR, float64)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         wide, elements, plane = folds * channels, rows * channels, parts * channels
-        tile = cuda.blockIdx.x % tiles
-        limit = min(width, wide - tile * width)
-        at = VECTOR * thread
+        block = divide(cuda.blockIdx.x, tiles)
+        tile = cuda.blockIdx.x - block * tiles
+        at, limit = VECTOR * thread, min(width, wide - tile * width)
         for k in range(VECTOR):
-            columns[k] = (tile * width + at + k) % channels
-            means[k] = factors[columns[k]]
-        for part in range(cuda.blockIdx.x // tiles, parts, cuda.gridDim.x // tiles):
+            means[k] = factors[remainder(tile * width + at + k, channels)]
+        for part in range(block, parts, divide(cuda.gridDim.x, tiles)):
+            begin = part * span * wide + tile * width
             end = min((part + 1) * span * wide, elements)
             for k in range(VECTOR):
                 gs[k], offs[k] = 0.0, 0.0
-            for row in range(part * span, (part + 1) * span):
-                start = row * wide + tile * width
+            for start in range(begin, end, wide):
                 stop = min(start + limit, end)
                 if start + at < stop:
                     load(dy, start + at, stop, aligned, dys, 0)
@@ -172,15 +179,14 @@ def sums(real) -> Kernel:
                             g = float64(masked(dys[k], ys[k], relu))
                             gs[k] += g
                             offs[k] += g * (float64(xs[k]) - means[k])
-            for which in range(2):
-                for k in range(VECTOR):
-                    if at + k < limit:
-                        numbers[at + k] = gs[k] if which == 0 else offs[k]
-                fold(numbers, folds, channels, thread, threads)
-                for k in range(VECTOR):
-                    if at + k < min(limit, channels):
-                        known[which * plane + part * channels + columns[k]] = numbers[at + k]
-                barrier()
+            fold_columns(gs, numbers, at, limit, folds, channels, thread, threads)
+            fold_columns(offs, numbers, at, limit, folds, channels, thread, threads)
+            for k in range(VECTOR):
+                if at + k < min(limit, channels):
+                    c = tile * width + at + k
+                    invstd = factors[channels + c] if parts == 1 else 1.0
+                    known[part * channels + c] = gs[k]
+                    known[plane + part * channels + c] = offs[k] * invstd
 
     return columns_sums
 
@@ -197,43 +203,41 @@ def normalize(real) -> Kernel:
     ) -> None:  # fmt: skip
         xs = cuda.local.array(VECTOR, real)
         added = cuda.local.array(VECTOR, real)
-        columns = cuda.local.array(VECTOR, int64)
         heads = cuda.local.array(VECTOR, real)
         scales = cuda.local.array(VECTOR, real)
         shifts = cuda.local.array(VECTOR, real)
-        fitting = cuda.local.array(VECTOR, int64)
         wide, elements = folds * channels, rows * channels
-        tile = cuda.blockIdx.x % tiles
-        limit = min(width, wide - tile * width)
-        at = VECTOR * cuda.threadIdx.x
+        block = divide(cuda.blockIdx.x, tiles)
+        tile = cuda.blockIdx.x - block * tiles
+        at, limit = VECTOR * cuda.threadIdx.x, min(width, wide - tile * width)
+        fit = True
         for k in range(VECTOR):
-            columns[k] = (tile * width + at + k) % channels
-            mean, scale, bias = affine_of(moments, affine, divisor, eps, channels, columns[k])
+            c = remainder(tile * width + at + k, channels)
+            mean, scale, bias = affine_of(moments, affine, divisor, eps, channels, c)
             heads[k] = mean
             scales[k] = scale
             shifts[k] = moved(bias, tail_of(mean, heads[k]), scale)
-            fitting[k] = affine_fits(mean, scale, bias)
-        for step in range(cuda.blockIdx.x // tiles, parts, cuda.gridDim.x // tiles):
+            fit = fit and (exact or affine_fits(mean, scale, bias))
+        for step in range(block, parts, divide(cuda.gridDim.x, tiles)):
             part = parts - 1 - step if reverse else step
+            begin = part * span * wide + tile * width
             end = min((part + 1) * span * wide, elements)
-            for row in range(part * span, (part + 1) * span):
-                start = row * wide + tile * width
+            for start in range(begin, end, wide):
                 stop = min(start + limit, end)
-                if start + at < stop:
+                if fit and start + at < stop:
                     load(x, start + at, stop, aligned, xs, 0)
                     if add:
                         load(residual, start + at, stop, aligned, added, 0)
                     for k in range(VECTOR):
-                        if exact or fitting[k] != 0:
-                            xs[k] = output(
-                                xs[k], added[k], heads[k], scales[k], shifts[k], add, relu
-                            )
-                        else:
-                            mean, scale, bias = affine_of(
-                                moments, affine, divisor, eps, channels, columns[k]
-                            )
-                            xs[k] = wide_output(xs[k], added[k], mean, scale, bias, add, relu)
+                        xs[k] = output(xs[k], added[k], heads[k], scales[k], shifts[k], add, relu)
                     store(y, start + at, stop, aligned, xs, 0)
+                else:
+                    for j in range(start + at, min(start + at + VECTOR, stop)):
+                        other = residual[j] if add else x[j]
+                        c = remainder(j, channels)
+                        y[j] = output_of(
+                            x[j], other, moments, affine, divisor, eps, channels, c, add, relu
+                        )
 
     return columns_normalize
 
@@ -248,52 +252,51 @@ def gradient(real) -> Kernel:
         folds: int, width: int, tiles: int, span: int, parts: int,
         relu: bool, passes: bool, aligned: bool, reverse: bool,
     ) -> None:  # fmt: skip
-        dys = cuda.local.array(VECTOR, real)
+        gs = cuda.local.array(VECTOR, real)
         xs = cuda.local.array(VECTOR, real)
         ys = cuda.local.array(VECTOR, real)
-        columns = cuda.local.array(VECTOR, int64)
         heads = cuda.local.array(VECTOR, real)
         scales = cuda.local.array(VECTOR, real)
         slopes = cuda.local.array(VECTOR, real)
         shifts = cuda.local.array(VECTOR, real)
-        fitting = cuda.local.array(VECTOR, int64)
         wide, elements = folds * channels, rows * channels
-        tile = cuda.blockIdx.x % tiles
-        limit = min(width, wide - tile * width)
-        at = VECTOR * cuda.threadIdx.x
+        block = divide(cuda.blockIdx.x, tiles)
+        tile = cuda.blockIdx.x - block * tiles
+        at, limit = VECTOR * cuda.threadIdx.x, min(width, wide - tile * width)
+        fit = True
         for k in range(VECTOR):
-            columns[k] = (tile * width + at + k) % channels
-            mean, scale, slope, offset = line_of(factors, sums, count, channels, columns[k])
+            c = remainder(tile * width + at + k, channels)
+            mean, scale, slope, offset = line_of(factors, sums, count, channels, c)
             heads[k] = mean
             scales[k] = scale
             slopes[k] = slope
             shifts[k] = moved(offset, tail_of(mean, heads[k]), slope)
-            fitting[k] = line_fits(mean, scale, slope, offset)
-        for step in range(cuda.blockIdx.x // tiles, parts, cuda.gridDim.x // tiles):
+            fit = fit and (exact or line_fits(mean, scale, slope, offset))
+        for step in range(block, parts, divide(cuda.gridDim.x, tiles)):
             part = parts - 1 - step if reverse else step
+            begin = part * span * wide + tile * width
             end = min((part + 1) * span * wide, elements)
-            for row in range(part * span, (part + 1) * span):
-                start = row * wide + tile * width
+            for start in range(begin, end, wide):
                 stop = min(start + limit, end)
-                if start + at < stop:
-                    load(dy, start + at, stop, aligned, dys, 0)
+                if fit and start + at < stop:
+                    load(dy, start + at, stop, aligned, gs, 0)
                     load(x, start + at, stop, aligned, xs, 0)
                     if relu:
                         load(y, start + at, stop, aligned, ys, 0)
                     for k in range(VECTOR):
-                        dys[k] = masked(dys[k], ys[k], relu)
+                        gs[k] = masked(gs[k], ys[k], relu)
+                        xs[k] = gradient_on(
+                            gs[k], xs[k], heads[k], slopes[k], scales[k], shifts[k]
+                        )
                     if passes:
-                        store(dresidual, start + at, stop, aligned, dys, 0)
-                    for k in range(VECTOR):
-                        if exact or fitting[k] != 0:
-                            dys[k] = gradient_on(
-                                dys[k], xs[k], heads[k], slopes[k], scales[k], shifts[k]
-                            )
-                        else:
-                            mean, scale, slope, offset = line_of(
-                                factors, sums, count, channels, columns[k]
-                            )
-                            dys[k] = wide_gradient(dys[k], xs[k], mean, slope, scale, offset)
-                    store(dx, start + at, stop, aligned, dys, 0)
+                        store(dresidual, start + at, stop, aligned, gs, 0)
+                    store(dx, start + at, stop, aligned, xs, 0)
+                else:
+                    for j in range(start + at, min(start + at + VECTOR, stop)):
+                        c = remainder(j, channels)
+                        g = masked(dy[j], y[j] if relu else dy[j], relu)
+                        if passes:
+                            dresidual[j] = g
+                        dx[j] = gradient_of(g, x[j], factors, sums, count, channels, c)
 
     return columns_gradient

@@ -10,6 +10,7 @@ LLVM instructions that Numba has no name for, and as plain Python for the simula
     pointer        an array on the device -> the argument of a kernel
     barrier        wait for the other threads of the block
     fma            a * b + c, rounded once
+    divide         a // b of numbers that are not negative
     cast           a number in the type of another one
     load_vector    `VECTOR` adjacent elements, by 16-byte loads, into a local array
     store_vector   the way back
@@ -104,6 +105,10 @@ if SIMULATED:
         """Return a * b + c; a float32 product is exact in float64."""
         return type(a)(float(a) * float(b) + float(c))
 
+    def divide(a: int, b: int) -> int:
+        """Return a // b, for a >= 0 and b > 0."""
+        return a // b
+
     def cast(value: Any, like: Any) -> Any:
         """Return ``value`` in the type of ``like``."""
         return type(like)(value)
@@ -156,6 +161,18 @@ else:
     def fma(a, b, c):
         """Return a * b + c, rounded once."""
         return cuda.fma(a, b, c)
+
+    @intrinsic
+    def divide(typing_context, a, b):
+        """Return a // b, for a >= 0 and b > 0: without Python's rules for signs and for 0."""
+
+        def generate(context, builder, signature, arguments):
+            return builder.udiv(*(
+                context.cast(builder, argument, kind, types.int64)
+                for argument, kind in zip(arguments, (a, b), strict=True)
+            ))
+
+        return types.int64(a, b), generate
 
     @intrinsic
     def cast(typing_context, value, like):

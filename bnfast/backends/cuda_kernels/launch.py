@@ -165,16 +165,18 @@ def _kernel(name: str, itemsize: int) -> tuple[Any, Any]:
 def measure(call: Call, x: Any) -> Any:
     """Return mean and m2 of every channel, on the device."""
     plan, channels = call.plan, call.channels
-    known = call.numbers("known", 4 * plan.parts * channels)
     result = call.numbers("result", 2 * channels)
+    whole = plan.parts == 1  # then the first kernel finds the result itself
+    known = result if whole else call.numbers("known", 4 * plan.parts * channels)
     call.run(
         f"{call.form}.moments", plan.sum_blocks,
         pointer(x), pointer(known), *plan.sum_geometry, call.aligned(x),
     )  # fmt: skip
-    call.run(
-        "merging.moments", min(channels, call.launch.blocks),
-        pointer(known), pointer(result), *plan.merge_geometry,
-    )  # fmt: skip
+    if not whole:
+        call.run(
+            "merging.moments", min(channels, call.launch.blocks),
+            pointer(known), pointer(result), *plan.merge_geometry,
+        )  # fmt: skip
     return result
 
 
@@ -198,17 +200,19 @@ def normalize(
 def add_up(call: Call, dy: Any, x: Any, y: Any, factors: Any, relu: bool) -> Any:
     """Return both sums of every channel, on the device; ``factors`` are mean, invstd, ..."""
     plan, channels = call.plan, call.channels
-    known = call.numbers("known", 2 * plan.parts * channels)
     result = call.numbers("result", 2 * channels)
+    whole = plan.parts == 1
+    known = result if whole else call.numbers("known", 2 * plan.parts * channels)
     call.run(
         f"{call.form}.sums", plan.sum_blocks,
         pointer(dy), pointer(x), pointer(y), pointer(factors), pointer(known),
         *plan.sum_geometry, relu, call.aligned(dy, x, y),
     )  # fmt: skip
-    call.run(
-        "merging.sums", min(channels, call.launch.blocks),
-        pointer(known), pointer(factors, channels), pointer(result), *plan.merge_geometry,
-    )  # fmt: skip
+    if not whole:
+        call.run(
+            "merging.sums", min(channels, call.launch.blocks),
+            pointer(known), pointer(factors, channels), pointer(result), *plan.merge_geometry,
+        )  # fmt: skip
     return result
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from bnfast.backends.cuda_kernels.arithmetic import (
     affine_fits,
     affine_of,
+    gradient_of,
     gradient_on,
     line_fits,
     line_of,
@@ -25,16 +26,20 @@ from bnfast.backends.cuda_kernels.arithmetic import (
     masked,
     moved,
     output,
+    output_of,
+    quotient,
+    remainder,
     run_of,
     store,
     tail_of,
-    wide_gradient,
-    wide_output,
 )
+from bnfast.backends.cuda_kernels.batches import BATCH, BATCHED, deviations, mean_of
 from bnfast.backends.cuda_kernels.driver import (
     VECTOR,
     barrier,
     cuda,
+    device,
+    divide,
     float32,
     float64,
     int64,
@@ -45,14 +50,22 @@ from bnfast.backends.cuda_kernels.signatures import Elements, Kernel, Numbers
 
 # Numba takes names for sizes, but no products.
 
-BATCH = 4
-"""Vectors that a thread asks memory for at a time in a sum."""
+PAIR = 2
+"""Vectors of each array that an elementwise pass asks for at a time."""
 
-BATCHED = BATCH * VECTOR
-"""Elements of a batch."""
+PAIRED = PAIR * VECTOR
+"""Elements of so many."""
 
 AFFINE_TABLE, LINE_TABLE = 4 * TABLE, 5 * TABLE
 """What is known of each run: head, scale, shift, or head, scale, slope, shift; and if they fit."""
+
+
+@device
+def place_of(task, pieces, channels):
+    """Return q, piece and channel of a part: parts are numbered in the order of memory."""
+    rest = divide(task, pieces)
+    q = divide(rest, channels)
+    return q, task - rest * pieces, rest - q * channels
 
 
 def moments(real) -> Kernel:
@@ -73,9 +86,10 @@ def moments(real) -> Kernel:
         highs = cuda.local.array(BATCH, int64)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         plane, elements = parts * channels, samples * channels * size
+        inverse = float32(1.0 / groups)
         for task in range(cuda.blockIdx.x, plane, cuda.gridDim.x):
-            c, piece = task // pieces % channels, task % pieces
-            first_run = task // (pieces * channels) * runs
+            q, piece, c = place_of(task, pieces, channels)
+            first_run = q * runs
             some = min(runs, samples - first_run)
             begin, end = piece * length, min(piece * length + length, size)
             count, guess, off, squares = 0, 0.0, 0.0, 0.0
@@ -85,32 +99,28 @@ def moments(real) -> Kernel:
                     slot = first + b * threads
                     lows[b], highs[b] = 0, 0
                     if slot < some * groups:
-                        run = slot // groups
+                        run = quotient(slot, inverse)
                         start = ((first_run + run) * channels + c) * size
-                        i = ((start + begin) // VECTOR + slot - run * groups) * VECTOR
+                        i = (divide(start + begin, VECTOR) + slot - run * groups) * VECTOR
                         lows[b] = max(start + begin - i, 0)
                         highs[b] = max(min(start + end - i, VECTOR), lows[b])
                         load(x, i, elements, aligned, values, b * VECTOR)
                         fresh += highs[b] - lows[b]
                 if count == 0:
-                    for j in range(VECTOR * BATCH):
-                        if lows[j // VECTOR] <= j % VECTOR < highs[j // VECTOR]:
-                            guess += float64(values[j])
-                    guess /= max(fresh, 1)
+                    guess = mean_of(values, lows, highs, fresh)
                 count += fresh
-                for j in range(VECTOR * BATCH):
-                    if lows[j // VECTOR] <= j % VECTOR < highs[j // VECTOR]:
-                        d = float64(values[j]) - guess
-                        off += d
-                        squares += d * d
+                off, squares = deviations(values, lows, highs, fresh, guess, off, squares)
             low = off / max(count, 1)
             n = some * (end - begin)
             mean = total(count * (guess + low), numbers, thread, threads) / n
             off = (guess - mean) + low if count > 0 else 0.0
             squares = max(squares - count * low * low, 0.0) + count * off * off
             off, squares = totals(count * off, squares, numbers, thread, threads)
-            if thread == 0:
-                at = c * parts + task // (pieces * channels) * pieces + piece
+            if thread == 0 and parts == 1:
+                known[c] = mean + off / n
+                known[channels + c] = squares - off * (off / n)
+            elif thread == 0:
+                at = c * parts + q * pieces + piece
                 known[at] = n
                 known[plane + at] = mean
                 known[2 * plane + at] = off / n
@@ -123,7 +133,7 @@ def sums(real) -> Kernel:
     """Return the kernel that sums, over each part, g and g times the distance to the mean."""
 
     def rows_sums(
-        dy: Elements, x: Elements, y: Elements, means: Numbers, known: Numbers,
+        dy: Elements, x: Elements, y: Elements, factors: Numbers, known: Numbers,
         samples: int, channels: int, size: int, runs: int, length: int, pieces: int, parts: int,
         groups: int, relu: bool, aligned: bool,
     ) -> None:  # fmt: skip
@@ -133,16 +143,17 @@ def sums(real) -> Kernel:
         ys = cuda.local.array(VECTOR, real)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         plane, elements = parts * channels, samples * channels * size
+        inverse = float32(1.0 / groups)
         for task in range(cuda.blockIdx.x, plane, cuda.gridDim.x):
-            c, piece = task // pieces % channels, task % pieces
-            first_run = task // (pieces * channels) * runs
+            q, piece, c = place_of(task, pieces, channels)
+            first_run = q * runs
             some = min(runs, samples - first_run)
             begin, end = piece * length, min(piece * length + length, size)
-            mean, sum_g, sum_off = means[c], 0.0, 0.0
+            mean, sum_g, sum_off = factors[c], 0.0, 0.0
             for slot in range(thread, some * groups, threads):
-                run = slot // groups
+                run = quotient(slot, inverse)
                 start = ((first_run + run) * channels + c) * size
-                i = ((start + begin) // VECTOR + slot - run * groups) * VECTOR
+                i = (divide(start + begin, VECTOR) + slot - run * groups) * VECTOR
                 load(dy, i, elements, aligned, dys, 0)
                 load(x, i, elements, aligned, xs, 0)
                 if relu:
@@ -154,9 +165,9 @@ def sums(real) -> Kernel:
                         sum_off += g * (float64(xs[k]) - mean)
             sum_g, sum_off = totals(sum_g, sum_off, numbers, thread, threads)
             if thread == 0:
-                at = c * parts + task // (pieces * channels) * pieces + piece
+                at = c * parts + q * pieces + piece
                 known[at] = sum_g
-                known[plane + at] = sum_off
+                known[plane + at] = sum_off * factors[channels + c] if parts == 1 else sum_off
 
     return rows_sums
 
@@ -171,45 +182,48 @@ def normalize(real) -> Kernel:
         add: bool, relu: bool, aligned: bool, reverse: bool,
     ) -> None:  # fmt: skip
         table = cuda.shared.array(AFFINE_TABLE, real)
-        xs = cuda.local.array(VECTOR, real)
-        added = cuda.local.array(VECTOR, real)
+        xs = cuda.local.array(PAIRED, real)
+        added = cuda.local.array(PAIRED, real)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
-        chunks = (elements + chunk - 1) // chunk
+        chunks = divide(elements + chunk - 1, chunk)
         inverse = float32(1.0 / size)
         for step in range(cuda.blockIdx.x, chunks, cuda.gridDim.x):
             at = (chunks - 1 - step if reverse else step) * chunk
             end = min(at + chunk, elements)
-            first = at // size
+            first = divide(at, size)
             left = (first + 1) * size - at
-            for run in range(thread, (end - 1) // size - first + 1, threads):
-                c = (first + run) % channels
+            for run in range(thread, run_of(end - 1 - at, left, inverse) + 1, threads):
+                c = remainder(first + run, channels)
                 mean, scale, bias = affine_of(moments, affine, divisor, eps, channels, c)
                 table[run] = mean
                 table[TABLE + run] = scale
                 table[2 * TABLE + run] = moved(bias, tail_of(mean, table[run]), scale)
                 table[3 * TABLE + run] = affine_fits(mean, scale, bias)
             barrier()
-            for i in range(at + VECTOR * thread, end, VECTOR * threads):
-                load(x, i, end, aligned, xs, 0)
-                if add:
-                    load(residual, i, end, aligned, added, 0)
-                for k in range(VECTOR):
-                    run = run_of(i + k - at, left, inverse)
-                    if exact or table[3 * TABLE + run] != 0:
-                        xs[k] = output(
-                            xs[k],
-                            added[k],
-                            table[run],
-                            table[TABLE + run],
-                            table[2 * TABLE + run],
-                            add,
-                            relu,
-                        )
+            for i in range(at + VECTOR * thread, end, PAIR * VECTOR * threads):
+                for b in range(PAIR):
+                    load(x, i + b * VECTOR * threads, end, aligned, xs, b * VECTOR)
+                    if add:
+                        load(residual, i + b * VECTOR * threads, end, aligned, added, b * VECTOR)
+                for b in range(PAIR):
+                    begin = i + b * VECTOR * threads
+                    fit = True
+                    for k in range(VECTOR):
+                        run = min(run_of(begin + k - at, left, inverse), TABLE - 1)
+                        fit = fit and (exact or table[3 * TABLE + run] != 0)
+                        xs[b * VECTOR + k] = output(
+                            xs[b * VECTOR + k], added[b * VECTOR + k], table[run],
+                            table[TABLE + run], table[2 * TABLE + run], add, relu,
+                        )  # fmt: skip
+                    if fit:
+                        store(y, begin, end, aligned, xs, b * VECTOR)
                     else:
-                        c = (first + run) % channels
-                        mean, scale, bias = affine_of(moments, affine, divisor, eps, channels, c)
-                        xs[k] = wide_output(xs[k], added[k], mean, scale, bias, add, relu)
-                store(y, i, end, aligned, xs, 0)
+                        for j in range(begin, min(begin + VECTOR, end)):
+                            c = remainder(divide(j, size), channels)
+                            other = residual[j] if add else x[j]
+                            y[j] = output_of(
+                                x[j], other, moments, affine, divisor, eps, channels, c, add, relu
+                            )
             barrier()
 
     return rows_normalize
@@ -226,19 +240,19 @@ def gradient(real) -> Kernel:
         relu: bool, passes: bool, aligned: bool, reverse: bool,
     ) -> None:  # fmt: skip
         table = cuda.shared.array(LINE_TABLE, real)
-        dys = cuda.local.array(VECTOR, real)
+        gs = cuda.local.array(VECTOR, real)
         xs = cuda.local.array(VECTOR, real)
         ys = cuda.local.array(VECTOR, real)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
-        chunks = (elements + chunk - 1) // chunk
+        chunks = divide(elements + chunk - 1, chunk)
         inverse = float32(1.0 / size)
         for step in range(cuda.blockIdx.x, chunks, cuda.gridDim.x):
             at = (chunks - 1 - step if reverse else step) * chunk
             end = min(at + chunk, elements)
-            first = at // size
+            first = divide(at, size)
             left = (first + 1) * size - at
-            for run in range(thread, (end - 1) // size - first + 1, threads):
-                c = (first + run) % channels
+            for run in range(thread, run_of(end - 1 - at, left, inverse) + 1, threads):
+                c = remainder(first + run, channels)
                 mean, scale, slope, offset = line_of(factors, sums, count, channels, c)
                 table[run] = mean
                 table[TABLE + run] = scale
@@ -247,30 +261,28 @@ def gradient(real) -> Kernel:
                 table[4 * TABLE + run] = line_fits(mean, scale, slope, offset)
             barrier()
             for i in range(at + VECTOR * thread, end, VECTOR * threads):
-                load(dy, i, end, aligned, dys, 0)
+                load(dy, i, end, aligned, gs, 0)
                 load(x, i, end, aligned, xs, 0)
                 if relu:
                     load(y, i, end, aligned, ys, 0)
-                for k in range(VECTOR):
-                    dys[k] = masked(dys[k], ys[k], relu)
-                if passes:
-                    store(dresidual, i, end, aligned, dys, 0)
+                fit = True
                 for k in range(VECTOR):
                     run = run_of(i + k - at, left, inverse)
-                    if exact or table[4 * TABLE + run] != 0:
-                        dys[k] = gradient_on(
-                            dys[k],
-                            xs[k],
-                            table[run],
-                            table[2 * TABLE + run],
-                            table[TABLE + run],
-                            table[3 * TABLE + run],
-                        )
-                    else:
-                        c = (first + run) % channels
-                        mean, scale, slope, offset = line_of(factors, sums, count, channels, c)
-                        dys[k] = wide_gradient(dys[k], xs[k], mean, slope, scale, offset)
-                store(dx, i, end, aligned, dys, 0)
+                    fit = fit and (exact or table[4 * TABLE + run] != 0)
+                    gs[k] = masked(gs[k], ys[k], relu)
+                    xs[k] = gradient_on(
+                        gs[k], xs[k], table[run], table[2 * TABLE + run], table[TABLE + run],
+                        table[3 * TABLE + run],
+                    )  # fmt: skip
+                if passes:
+                    store(dresidual, i, end, aligned, gs, 0)
+                if fit:
+                    store(dx, i, end, aligned, xs, 0)
+                else:
+                    for j in range(i, min(i + VECTOR, end)):
+                        c = remainder(divide(j, size), channels)
+                        g = masked(dy[j], y[j] if relu else dy[j], relu)
+                        dx[j] = gradient_of(g, x[j], factors, sums, count, channels, c)
             barrier()
 
     return rows_gradient
