@@ -7,6 +7,7 @@ and CuPy need a GPU and their library. What a result should be is what a NumPy a
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -219,6 +220,41 @@ def test_copies_between_any_strides(rng, shape, broadcast, dtype):
     assert_same_bits("the copy", target, source)
     target[...] = held
     assert_same_bits("what is beside it", room, before)
+
+
+@simulated
+def test_arrays_of_several_streams_and_devices(numbers, monkeypatch):
+    from bnfast.backends import numba_cuda
+    from bnfast.backends.cuda_kernels import arrays, launch
+
+    waited = []
+    monkeypatch.setattr(arrays, "_synchronize", lambda *stream: waited.append(stream))
+    monkeypatch.setattr(arrays, "_stream", lambda device, number: number)
+    monkeypatch.setattr(launch, "_desk", launch._Desk())
+    vector = np.ones(8)
+
+    def call(device, streams):
+        x, residual, y = (
+            replace(
+                numba_cuda.describe(cuda.to_device(numbers(4, 8, 6))),
+                place=f"cuda:{device}",
+                stream=stream,
+            )
+            for stream in streams
+        )
+        numba_cuda.normalize(
+            x, vector, vector, vector, vector, 0.1, residual, y=y, relu=False, num_threads=1
+        )
+
+    with quick():
+        call(0, (5, 6, 7))
+        assert waited == [(0, 6), (0, 7), (0, 5)]
+        call(0, (5, 5, 5))
+        call(1, (5, 5, 5))
+    assert len(waited) == 3
+    rooms = list(launch._desk.buffers.values())
+    assert len(rooms) == 2, "one for each device: a call has only what went up to keep"
+    assert not np.shares_memory(*rooms)
 
 
 @simulated

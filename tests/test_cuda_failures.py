@@ -148,3 +148,15 @@ def test_bindings_missing():
     assert failures.not_imported(error) == (
         "numba.cuda cannot be used: No module named 'cuda.bindings'"
     )
+
+
+def test_without_numba():
+    printed = output_of(
+        """
+        import sys
+        sys.modules["numba"] = None
+        import bnfast
+        print(bnfast.list_backends()["cuda"].reason)
+        """
+    )
+    assert printed == "numba.cuda cannot be used: import of numba halted; None in sys.modules"
