@@ -16,7 +16,7 @@ _HOME = str(Path(bnfast.__file__).parent.parent)
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``python *arguments`` on the package under test, with these environment variables only.
 
-    Variables of bnfast, OpenMP and Numba's simulator that this process was started with are not passed on.
+    Variables of bnfast, OpenMP and Numba's simulator that this process has are not passed on.
     """
     inherited = {
         name: value

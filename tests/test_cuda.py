@@ -5,13 +5,9 @@ The simulator runs the same kernels in Python, so it gets small arrays and small
 
 from __future__ import annotations
 
-from unittest import mock
-
-import numpy as np
 import pytest
 from numba import config
 
-from bnfast import registry
 from bnfast.testing import KernelConformance
 
 SIMULATED = bool(config.ENABLE_CUDASIM)

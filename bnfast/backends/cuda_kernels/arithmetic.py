@@ -70,7 +70,7 @@ def store(x, i, end, aligned, values, at):
 
 @device
 def fits(value):
-    """Return whether float32 holds a factor or an offset well; NaN is as well computed either way."""
+    """Return whether float32 holds a number well; NaN is as well computed either way."""
     size = abs(value)
     return not (size > LARGEST or (size < SMALLEST and size != 0.0))
 
@@ -89,7 +89,7 @@ def line_fits(mean, scale, slope, offset):
 
 @device
 def affine_of(moments, affine, divisor, eps, channels, c):
-    """Return mean, scale and bias of a channel, for the variance ``moments[channels + c] / divisor``."""
+    """Return mean, scale and bias of a channel; ``moments`` has variances times ``divisor``."""
     scale = affine[c] / sqrt(moments[channels + c] / divisor + eps)
     return moments[c], scale, affine[channels + c]
 
@@ -120,7 +120,7 @@ def tail_of(mean, head):
 
 @device
 def run_of(i, left, inverse):
-    """Return to which run element ``i`` belongs, where ``left`` are of run 0 and 1 / inverse of others."""
+    """Return the run of element ``i``, if ``left`` are of run 0 and 1 / inverse of each other."""
     return 0 if i < left else 1 + quotient(i - left, inverse)
 
 

@@ -33,7 +33,7 @@ from bnfast.backends.cuda_kernels.driver import (
     device,
     divide,
     float64,
-    int64,
+    int32,
 )
 from bnfast.backends.cuda_kernels.reductions import fold
 from bnfast.backends.cuda_kernels.signatures import Elements, Kernel, Numbers
@@ -43,13 +43,16 @@ NUMBERS = VECTOR * MOST_THREADS
 
 
 @device
-def rows_of(first, stop, wide):
-    """Return how many of the elements ``first``, ``first + wide``, ... are before ``stop``."""
-    return divide(stop - first - 1, wide) + 1 if first < stop else 0
+def own_columns(own, at, channels):
+    """Note which columns of a tile the elements from ``at`` on belong to, folded."""
+    column = remainder(at, channels)
+    for k in range(VECTOR):
+        own[k] = column
+        column = column + 1 if column + 1 < channels else 0
 
 
 @device
-def fold_columns(values, numbers, at, limit, folds, channels, thread, threads):
+def fold_columns(values, numbers, own, at, limit, folds, channels, thread, threads):
     """Add up what the threads have of each column; leave the sums of a thread's own in ``values``.
 
     Every thread of the block has to call it.
@@ -59,13 +62,15 @@ def fold_columns(values, numbers, at, limit, folds, channels, thread, threads):
             numbers[at + k] = values[k]
     fold(numbers, folds, channels, thread, threads)
     for k in range(VECTOR):
-        if at + k < limit:
-            values[k] = numbers[remainder(at + k, channels)]
+        values[k] = numbers[own[k]]
     barrier()
 
 
 def moments(real) -> Kernel:
-    """Return the kernel that measures each part, as `rows.moments` does."""
+    """Return the kernel that measures each part, as `rows.moments` does.
+
+    A thread sums deviations from its first element of each column.
+    """
 
     def columns_moments(
         x: Elements, known: Numbers, rows: int, channels: int,
@@ -73,7 +78,8 @@ def moments(real) -> Kernel:
     ) -> None:  # fmt: skip
         numbers = cuda.shared.array(NUMBERS, float64)
         values = cuda.local.array(BATCHED, real)
-        has = cuda.local.array(BATCH, int64)
+        has = cuda.local.array(BATCH, int32)
+        own = cuda.local.array(VECTOR, int32)
         guesses = cuda.local.array(VECTOR, float64)
         means = cuda.local.array(VECTOR, float64)
         offs = cuda.local.array(VECTOR, float64)
@@ -83,47 +89,46 @@ def moments(real) -> Kernel:
         block = divide(cuda.blockIdx.x, tiles)
         tile = cuda.blockIdx.x - block * tiles
         at, limit = VECTOR * thread, min(width, wide - tile * width)
-        for part in range(block, parts, divide(cuda.gridDim.x, tiles)):
+        own_columns(own, at, channels)
+        part = block
+        while part < parts:
             begin = part * span * wide + tile * width
             end = min((part + 1) * span * wide, elements)
             for k in range(VECTOR):
-                guesses[k], means[k], offs[k], squares[k] = 0.0, 0.0, 0.0, 0.0
-            for start in range(begin, end, BATCH * wide):
-                fresh = 0
+                offs[k], squares[k] = 0.0, 0.0
+                inside = at + k < limit and begin + at + k < end
+                guesses[k] = float64(x[begin + at + k]) if inside else 0.0
+            start = begin
+            while start < end:
                 for b in range(BATCH):
                     i = start + b * wide + at
                     stop = min(start + b * wide + limit, end)
                     has[b] = max(min(stop - i, VECTOR), 0)
-                    fresh += has[b]
                     if has[b] > 0:
                         load(x, i, stop, aligned, values, b * VECTOR)
-                if start == begin:
-                    for k in range(VECTOR):
-                        for b in range(BATCH):
-                            if k < has[b]:
-                                guesses[k] += float64(values[b * VECTOR + k])
-                        guesses[k] /= max(min(rows_of(begin + at + k, end, wide), BATCH), 1)
-                for k in range(VECTOR):
-                    for b in range(BATCH):
-                        if fresh == BATCHED or k < has[b]:
-                            d = float64(values[b * VECTOR + k]) - guesses[k]
-                            offs[k] += d
-                            squares[k] += d * d
+                for j in range(BATCHED):
+                    if j % VECTOR < has[j // VECTOR]:
+                        d = float64(values[j]) - guesses[j % VECTOR]
+                        offs[j % VECTOR] += d
+                        squares[j % VECTOR] += d * d
+                start += BATCH * wide
+            full = divide(end - part * span * wide, wide)
             for k in range(VECTOR):
-                count = rows_of(begin + at + k, end, wide)
+                count = full + (begin + full * wide + at + k < end)
+                count = count if at + k < limit else 0
                 offs[k] /= max(count, 1)
                 squares[k] = max(squares[k] - count * offs[k] * offs[k], 0.0)
                 means[k] = count * (guesses[k] + offs[k])
-            fold_columns(means, numbers, at, limit, folds, channels, thread, threads)
+            fold_columns(means, numbers, own, at, limit, folds, channels, thread, threads)
             n = min((part + 1) * span * folds, rows) - part * span * folds
             for k in range(VECTOR):
-                count = rows_of(begin + at + k, end, wide)
+                count = full + (begin + full * wide + at + k < end)
                 means[k] /= n
                 off = (guesses[k] - means[k]) + offs[k]
                 offs[k] = count * off if count > 0 else 0.0
                 squares[k] += count * off * off if count > 0 else 0.0
-            fold_columns(offs, numbers, at, limit, folds, channels, thread, threads)
-            fold_columns(squares, numbers, at, limit, folds, channels, thread, threads)
+            fold_columns(offs, numbers, own, at, limit, folds, channels, thread, threads)
+            fold_columns(squares, numbers, own, at, limit, folds, channels, thread, threads)
             for k in range(VECTOR):
                 if at + k < min(limit, channels):
                     c = tile * width + at + k
@@ -136,6 +141,7 @@ def moments(real) -> Kernel:
                         known[plane + part * channels + c] = means[k]
                         known[2 * plane + part * channels + c] = low
                         known[3 * plane + part * channels + c] = squares[k] - offs[k] * low
+            part += divide(cuda.gridDim.x, tiles)
 
     return columns_moments
 
@@ -152,6 +158,7 @@ def sums(real) -> Kernel:
         dys = cuda.local.array(VECTOR, real)
         xs = cuda.local.array(VECTOR, real)
         ys = cuda.local.array(VECTOR, real)
+        own = cuda.local.array(VECTOR, int32)
         means = cuda.local.array(VECTOR, float64)
         gs = cuda.local.array(VECTOR, float64)
         offs = cuda.local.array(VECTOR, float64)
@@ -160,14 +167,17 @@ def sums(real) -> Kernel:
         block = divide(cuda.blockIdx.x, tiles)
         tile = cuda.blockIdx.x - block * tiles
         at, limit = VECTOR * thread, min(width, wide - tile * width)
+        own_columns(own, at, channels)
         for k in range(VECTOR):
-            means[k] = factors[remainder(tile * width + at + k, channels)]
-        for part in range(block, parts, divide(cuda.gridDim.x, tiles)):
+            means[k] = factors[tile * width + own[k]]
+        part = block
+        while part < parts:
             begin = part * span * wide + tile * width
             end = min((part + 1) * span * wide, elements)
             for k in range(VECTOR):
                 gs[k], offs[k] = 0.0, 0.0
-            for start in range(begin, end, wide):
+            start = begin
+            while start < end:
                 stop = min(start + limit, end)
                 if start + at < stop:
                     load(dy, start + at, stop, aligned, dys, 0)
@@ -179,14 +189,16 @@ def sums(real) -> Kernel:
                             g = float64(masked(dys[k], ys[k], relu))
                             gs[k] += g
                             offs[k] += g * (float64(xs[k]) - means[k])
-            fold_columns(gs, numbers, at, limit, folds, channels, thread, threads)
-            fold_columns(offs, numbers, at, limit, folds, channels, thread, threads)
+                start += wide
+            fold_columns(gs, numbers, own, at, limit, folds, channels, thread, threads)
+            fold_columns(offs, numbers, own, at, limit, folds, channels, thread, threads)
             for k in range(VECTOR):
                 if at + k < min(limit, channels):
                     c = tile * width + at + k
                     invstd = factors[channels + c] if parts == 1 else 1.0
                     known[part * channels + c] = gs[k]
                     known[plane + part * channels + c] = offs[k] * invstd
+            part += divide(cuda.gridDim.x, tiles)
 
     return columns_sums
 
@@ -218,11 +230,13 @@ def normalize(real) -> Kernel:
             scales[k] = scale
             shifts[k] = moved(bias, tail_of(mean, heads[k]), scale)
             fit = fit and (exact or affine_fits(mean, scale, bias))
-        for step in range(block, parts, divide(cuda.gridDim.x, tiles)):
+        step = block
+        while step < parts:
             part = parts - 1 - step if reverse else step
             begin = part * span * wide + tile * width
             end = min((part + 1) * span * wide, elements)
-            for start in range(begin, end, wide):
+            start = begin
+            while start < end:
                 stop = min(start + limit, end)
                 if fit and start + at < stop:
                     load(x, start + at, stop, aligned, xs, 0)
@@ -238,6 +252,8 @@ def normalize(real) -> Kernel:
                         y[j] = output_of(
                             x[j], other, moments, affine, divisor, eps, channels, c, add, relu
                         )
+                start += wide
+            step += divide(cuda.gridDim.x, tiles)
 
     return columns_normalize
 
@@ -272,11 +288,13 @@ def gradient(real) -> Kernel:
             slopes[k] = slope
             shifts[k] = moved(offset, tail_of(mean, heads[k]), slope)
             fit = fit and (exact or line_fits(mean, scale, slope, offset))
-        for step in range(block, parts, divide(cuda.gridDim.x, tiles)):
+        step = block
+        while step < parts:
             part = parts - 1 - step if reverse else step
             begin = part * span * wide + tile * width
             end = min((part + 1) * span * wide, elements)
-            for start in range(begin, end, wide):
+            start = begin
+            while start < end:
                 stop = min(start + limit, end)
                 if fit and start + at < stop:
                     load(dy, start + at, stop, aligned, gs, 0)
@@ -285,9 +303,7 @@ def gradient(real) -> Kernel:
                         load(y, start + at, stop, aligned, ys, 0)
                     for k in range(VECTOR):
                         gs[k] = masked(gs[k], ys[k], relu)
-                        xs[k] = gradient_on(
-                            gs[k], xs[k], heads[k], slopes[k], scales[k], shifts[k]
-                        )
+                        xs[k] = gradient_on(gs[k], xs[k], heads[k], slopes[k], scales[k], shifts[k])
                     if passes:
                         store(dresidual, start + at, stop, aligned, gs, 0)
                     store(dx, start + at, stop, aligned, xs, 0)
@@ -298,5 +314,7 @@ def gradient(real) -> Kernel:
                         if passes:
                             dresidual[j] = g
                         dx[j] = gradient_of(g, x[j], factors, sums, count, channels, c)
+                start += wide
+            step += divide(cuda.gridDim.x, tiles)
 
     return columns_gradient

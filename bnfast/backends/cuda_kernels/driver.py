@@ -16,7 +16,8 @@ LLVM instructions that Numba has no name for, and as plain Python for the simula
     store_vector   the way back
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# What exists twice has two signatures, and type checkers see the simulator's `numba.cuda` only.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,attr-defined,misc"
 
 from __future__ import annotations
 
@@ -29,24 +30,29 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import cuda as cuda
+from numba import cuda as _cuda
 
 from bnfast.backends.cuda_kernels import failures
 from bnfast.backends.cuda_kernels.signatures import signature
 from bnfast.device import DeviceArray
+
+cuda: Any = _cuda  # whose names type checkers see only some of, those of the simulator
 
 SIMULATED: bool = bool(numba.config.ENABLE_CUDASIM)
 
 VECTOR = 4
 """Elements that a thread loads and stores at a time: 16 bytes of float32, twice 16 of float64."""
 
-MOST_THREADS = 512
+MOST_THREADS = 256
 """Threads of a block, at most: shared memory is reserved for as many."""
+
+LAUNCH_BOUNDS = 256, 2
+"""On a GPU: threads of a block, and blocks that a multiprocessor must have registers for."""
 
 if SIMULATED:
     float32: Any = np.float32
     float64: Any = np.float64
-    int32: Any = int
+    int32: Any = np.int32
     int64: Any = np.int64
     sqrt: Any = np.sqrt
 
@@ -99,7 +105,7 @@ if SIMULATED:
 
     def barrier() -> None:
         """Wait for the other threads of the block."""
-        threading.current_thread().syncthreads()  # type: ignore[attr-defined]
+        threading.current_thread().syncthreads()
 
     def fma(a: Any, b: Any, c: Any) -> Any:
         """Return a * b + c; a float32 product is exact in float64."""
@@ -146,7 +152,7 @@ else:
 
     @functools.cache
     def _compiled(kernel: Any, real: Any) -> Any:
-        return cuda.jit(signature(kernel, real))(kernel)
+        return cuda.jit(signature(kernel, real), launch_bounds=LAUNCH_BOUNDS)(kernel)
 
     def configure(kernel: Any, real: Any, blocks: int, threads: int, stream: Any) -> Any:
         """Return a function that launches a kernel."""
@@ -167,10 +173,12 @@ else:
         """Return a // b, for a >= 0 and b > 0: without Python's rules for signs and for 0."""
 
         def generate(context, builder, signature, arguments):
-            return builder.udiv(*(
-                context.cast(builder, argument, kind, types.int64)
-                for argument, kind in zip(arguments, (a, b), strict=True)
-            ))
+            return builder.udiv(
+                *(
+                    context.cast(builder, argument, kind, types.int64)
+                    for argument, kind in zip(arguments, (a, b), strict=True)
+                )
+            )
 
         return types.int64(a, b), generate
 

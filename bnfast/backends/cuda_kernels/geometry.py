@@ -64,7 +64,10 @@ class Plan(NamedTuple):
 @functools.lru_cache(1024)
 def plan(shape: tuple[int, ...], launch: Launch) -> Plan:
     """Plan the work on an array of one of the two forms, which is not empty."""
-    return _plan_rows(*shape, launch) if len(shape) == 3 else _plan_columns(*shape, launch)
+    if len(shape) == 3:
+        return _plan_rows(*shape, launch=launch)
+    rows, channels = shape
+    return _plan_columns(rows, channels, launch)
 
 
 def _plan_rows(samples: int, channels: int, size: int, launch: Launch) -> Plan:
@@ -113,7 +116,7 @@ def _plan_columns(rows: int, channels: int, launch: Launch) -> Plan:
     tiles = -(-channels // room)
     width = fold * channels if tiles == 1 else room
     wide_rows = -(-rows // fold)
-    span = max(launch.rows, min(-(-wide_rows // MOST_PARTS), LONGEST * launch.rows))
+    span = max(launch.rows, min(-(-wide_rows // MOST_PARTS), 2 * launch.rows))
     parts = -(-wide_rows // span)
     pass_span = max(1, min(SPAN, wide_rows * tiles // launch.blocks))
     pass_parts = -(-wide_rows // pass_span)

@@ -22,24 +22,30 @@ def moments(real) -> Kernel:
         numbers = cuda.shared.array(NUMBERS, float64)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         plane = parts * channels
-        for c in range(cuda.blockIdx.x, channels, cuda.gridDim.x):
+        c = cuda.blockIdx.x
+        while c < channels:
             count, first = 0.0, 0.0
-            for e in range(thread, parts, threads):
+            e = thread
+            while e < parts:
                 at = e * apart + c * step
                 count += known[at]
                 first += known[at] * (known[plane + at] + known[2 * plane + at])
+                e += threads
             count, first = totals(count, first, numbers, thread, threads)
             mean = first / count
             off, squares = 0.0, 0.0
-            for e in range(thread, parts, threads):
+            e = thread
+            while e < parts:
                 at = e * apart + c * step
                 distance = (known[plane + at] - mean) + known[2 * plane + at]
                 off += known[at] * distance
                 squares += known[3 * plane + at] + known[at] * distance * distance
+                e += threads
             off, squares = totals(off, squares, numbers, thread, threads)
             if thread == 0:
                 result[c] = mean + off / count
                 result[channels + c] = squares - off * (off / count)
+            c += cuda.gridDim.x
 
     return merge_moments
 
@@ -54,15 +60,19 @@ def sums(real) -> Kernel:
         numbers = cuda.shared.array(NUMBERS, float64)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         plane = parts * channels
-        for c in range(cuda.blockIdx.x, channels, cuda.gridDim.x):
+        c = cuda.blockIdx.x
+        while c < channels:
             dy, dy_off = 0.0, 0.0
-            for e in range(thread, parts, threads):
+            e = thread
+            while e < parts:
                 at = e * apart + c * step
                 dy += known[at]
                 dy_off += known[plane + at]
+                e += threads
             dy, dy_off = totals(dy, dy_off, numbers, thread, threads)
             if thread == 0:
                 result[c] = dy
                 result[channels + c] = dy_off * invstd[c]
+            c += cuda.gridDim.x
 
     return merge_sums

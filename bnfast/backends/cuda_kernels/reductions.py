@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from bnfast.backends.cuda_kernels.driver import MOST_THREADS, barrier, device
+from bnfast.backends.cuda_kernels.driver import MOST_THREADS, barrier, device, divide
 
 FAN = 8
 """Numbers that a thread adds up in one go: more means fewer barriers and longer chains."""
@@ -26,12 +26,16 @@ def fold(numbers, count, width, thread, threads):
     """
     while count > 1:
         barrier()
-        rows = (count + FAN - 1) // FAN
-        for i in range(thread, rows * width, threads):
+        rows = divide(count + FAN - 1, FAN)
+        i = thread
+        while i < rows * width:
             total = numbers[i]
-            for other in range(i + rows * width, count * width, rows * width):
+            other = i + rows * width
+            while other < count * width:
                 total += numbers[other]
+                other += rows * width
             numbers[i] = total
+            i += threads
         count = rows
     barrier()
 

@@ -42,7 +42,7 @@ from bnfast.backends.cuda_kernels.driver import (
     divide,
     float32,
     float64,
-    int64,
+    int32,
 )
 from bnfast.backends.cuda_kernels.geometry import TABLE
 from bnfast.backends.cuda_kernels.reductions import NUMBERS, total, totals
@@ -82,18 +82,20 @@ def moments(real) -> Kernel:
     ) -> None:  # fmt: skip
         numbers = cuda.shared.array(NUMBERS, float64)
         values = cuda.local.array(BATCHED, real)
-        lows = cuda.local.array(BATCH, int64)
-        highs = cuda.local.array(BATCH, int64)
+        lows = cuda.local.array(BATCH, int32)
+        highs = cuda.local.array(BATCH, int32)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         plane, elements = parts * channels, samples * channels * size
         inverse = float32(1.0 / groups)
-        for task in range(cuda.blockIdx.x, plane, cuda.gridDim.x):
+        task = cuda.blockIdx.x
+        while task < plane:
             q, piece, c = place_of(task, pieces, channels)
             first_run = q * runs
             some = min(runs, samples - first_run)
             begin, end = piece * length, min(piece * length + length, size)
             count, guess, off, squares = 0, 0.0, 0.0, 0.0
-            for first in range(thread, some * groups, threads * BATCH):
+            first = thread
+            while first < some * groups:
                 fresh = 0
                 for b in range(BATCH):
                     slot = first + b * threads
@@ -110,6 +112,7 @@ def moments(real) -> Kernel:
                     guess = mean_of(values, lows, highs, fresh)
                 count += fresh
                 off, squares = deviations(values, lows, highs, fresh, guess, off, squares)
+                first += threads * BATCH
             low = off / max(count, 1)
             n = some * (end - begin)
             mean = total(count * (guess + low), numbers, thread, threads) / n
@@ -125,6 +128,7 @@ def moments(real) -> Kernel:
                 known[plane + at] = mean
                 known[2 * plane + at] = off / n
                 known[3 * plane + at] = squares - off * (off / n)
+            task += cuda.gridDim.x
 
     return rows_moments
 
@@ -144,13 +148,15 @@ def sums(real) -> Kernel:
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         plane, elements = parts * channels, samples * channels * size
         inverse = float32(1.0 / groups)
-        for task in range(cuda.blockIdx.x, plane, cuda.gridDim.x):
+        task = cuda.blockIdx.x
+        while task < plane:
             q, piece, c = place_of(task, pieces, channels)
             first_run = q * runs
             some = min(runs, samples - first_run)
             begin, end = piece * length, min(piece * length + length, size)
             mean, sum_g, sum_off = factors[c], 0.0, 0.0
-            for slot in range(thread, some * groups, threads):
+            slot = thread
+            while slot < some * groups:
                 run = quotient(slot, inverse)
                 start = ((first_run + run) * channels + c) * size
                 i = (divide(start + begin, VECTOR) + slot - run * groups) * VECTOR
@@ -163,11 +169,13 @@ def sums(real) -> Kernel:
                         g = float64(masked(dys[k], ys[k], relu))
                         sum_g += g
                         sum_off += g * (float64(xs[k]) - mean)
+                slot += threads
             sum_g, sum_off = totals(sum_g, sum_off, numbers, thread, threads)
             if thread == 0:
                 at = c * parts + q * pieces + piece
                 known[at] = sum_g
                 known[plane + at] = sum_off * factors[channels + c] if parts == 1 else sum_off
+            task += cuda.gridDim.x
 
     return rows_sums
 
@@ -187,44 +195,56 @@ def normalize(real) -> Kernel:
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         chunks = divide(elements + chunk - 1, chunk)
         inverse = float32(1.0 / size)
-        for step in range(cuda.blockIdx.x, chunks, cuda.gridDim.x):
+        step = cuda.blockIdx.x
+        while step < chunks:
             at = (chunks - 1 - step if reverse else step) * chunk
             end = min(at + chunk, elements)
             first = divide(at, size)
             left = (first + 1) * size - at
-            for run in range(thread, run_of(end - 1 - at, left, inverse) + 1, threads):
+            run = thread
+            while run < run_of(end - 1 - at, left, inverse) + 1:
                 c = remainder(first + run, channels)
                 mean, scale, bias = affine_of(moments, affine, divisor, eps, channels, c)
                 table[run] = mean
                 table[TABLE + run] = scale
                 table[2 * TABLE + run] = moved(bias, tail_of(mean, table[run]), scale)
                 table[3 * TABLE + run] = affine_fits(mean, scale, bias)
+                run += threads
             barrier()
-            for i in range(at + VECTOR * thread, end, PAIR * VECTOR * threads):
+            i = at + VECTOR * thread
+            while i < end:
                 for b in range(PAIR):
                     load(x, i + b * VECTOR * threads, end, aligned, xs, b * VECTOR)
                     if add:
                         load(residual, i + b * VECTOR * threads, end, aligned, added, b * VECTOR)
+                misfit = 0
+                for j in range(PAIRED):
+                    here = i + j // VECTOR * VECTOR * threads + j % VECTOR - at
+                    run = min(run_of(here, left, inverse), TABLE - 1)
+                    xs[j] = output(
+                        xs[j], added[j], table[run], table[TABLE + run], table[2 * TABLE + run],
+                        add, relu,
+                    )  # fmt: skip
+                    if not exact and table[3 * TABLE + run] == 0:
+                        misfit |= 1 << j // VECTOR
                 for b in range(PAIR):
-                    begin = i + b * VECTOR * threads
-                    fit = True
-                    for k in range(VECTOR):
-                        run = min(run_of(begin + k - at, left, inverse), TABLE - 1)
-                        fit = fit and (exact or table[3 * TABLE + run] != 0)
-                        xs[b * VECTOR + k] = output(
-                            xs[b * VECTOR + k], added[b * VECTOR + k], table[run],
-                            table[TABLE + run], table[2 * TABLE + run], add, relu,
-                        )  # fmt: skip
-                    if fit:
-                        store(y, begin, end, aligned, xs, b * VECTOR)
-                    else:
-                        for j in range(begin, min(begin + VECTOR, end)):
-                            c = remainder(divide(j, size), channels)
-                            other = residual[j] if add else x[j]
-                            y[j] = output_of(
-                                x[j], other, moments, affine, divisor, eps, channels, c, add, relu
-                            )
+                    if misfit & 1 << b == 0:
+                        store(y, i + b * VECTOR * threads, end, aligned, xs, b * VECTOR)
+                b = 0
+                while misfit != 0 and b < PAIR:
+                    j = i + b * VECTOR * threads
+                    stop = min(j + VECTOR, end) if misfit & 1 << b else j
+                    while j < stop:
+                        c = remainder(divide(j, size), channels)
+                        other = residual[j] if add else x[j]
+                        y[j] = output_of(
+                            x[j], other, moments, affine, divisor, eps, channels, c, add, relu
+                        )
+                        j += 1
+                    b += 1
+                i += PAIR * VECTOR * threads
             barrier()
+            step += cuda.gridDim.x
 
     return rows_normalize
 
@@ -246,12 +266,14 @@ def gradient(real) -> Kernel:
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         chunks = divide(elements + chunk - 1, chunk)
         inverse = float32(1.0 / size)
-        for step in range(cuda.blockIdx.x, chunks, cuda.gridDim.x):
+        step = cuda.blockIdx.x
+        while step < chunks:
             at = (chunks - 1 - step if reverse else step) * chunk
             end = min(at + chunk, elements)
             first = divide(at, size)
             left = (first + 1) * size - at
-            for run in range(thread, run_of(end - 1 - at, left, inverse) + 1, threads):
+            run = thread
+            while run < run_of(end - 1 - at, left, inverse) + 1:
                 c = remainder(first + run, channels)
                 mean, scale, slope, offset = line_of(factors, sums, count, channels, c)
                 table[run] = mean
@@ -259,8 +281,10 @@ def gradient(real) -> Kernel:
                 table[2 * TABLE + run] = slope
                 table[3 * TABLE + run] = moved(offset, tail_of(mean, table[run]), slope)
                 table[4 * TABLE + run] = line_fits(mean, scale, slope, offset)
+                run += threads
             barrier()
-            for i in range(at + VECTOR * thread, end, VECTOR * threads):
+            i = at + VECTOR * thread
+            while i < end:
                 load(dy, i, end, aligned, gs, 0)
                 load(x, i, end, aligned, xs, 0)
                 if relu:
@@ -283,6 +307,8 @@ def gradient(real) -> Kernel:
                         c = remainder(divide(j, size), channels)
                         g = masked(dy[j], y[j] if relu else dy[j], relu)
                         dx[j] = gradient_of(g, x[j], factors, sums, count, channels, c)
+                i += VECTOR * threads
             barrier()
+            step += cuda.gridDim.x
 
     return rows_gradient

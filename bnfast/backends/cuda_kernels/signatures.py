@@ -1,5 +1,7 @@
 """How kernels spell their parameters; `signature` turns the annotations into Numba types."""
 
+# mypy: disable-error-code="attr-defined"
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -16,7 +18,7 @@ Kernel: TypeAlias = Callable[..., None]
 
 def signature(kernel: Kernel, real: Any) -> Any:
     """Return the Numba signature of a kernel for elements of the type ``real``."""
-    from numba.cuda import types  # the simulator compiles nothing, and has no such module
+    from numba.cuda import types  # at hand only where kernels are compiled
 
     kinds: dict[str, Any] = {
         "Elements": types.CPointer(real),
