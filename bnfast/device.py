@@ -14,7 +14,15 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-_DEVICES: Final = {2: "cuda", 4: "opencl", 7: "vulkan", 8: "metal", 10: "rocm", 13: "cuda"}
+_DEVICES: Final = {
+    2: "cuda",
+    4: "opencl",
+    7: "vulkan",
+    8: "metal",
+    10: "rocm",
+    13: "cuda",
+    14: "oneapi",
+}
 """DLPack's device types by name; 13 is memory that CUDA moves between host and GPU."""
 
 _HOST_DEVICE_TYPES: Final = frozenset({1, 3, 11})

@@ -77,7 +77,9 @@ def batch_norm(
     Parameters
     ----------
     x : ndarray of float32 or float64, shape (N, C, ...)
-        The input; any strides.
+        The input; any strides. It may live on a GPU: as an array of CuPy, torch or Numba, or as any
+        other with ``__cuda_array_interface__`` or DLPack. ``residual`` and ``out`` are then on the
+        same GPU, and all vectors of one number per channel in host memory, as NumPy arrays.
     running_mean, running_var : ndarray, shape (C,), or None
         Both or neither. In training they are updated in place where given:
         ``new = (1 - momentum) * old + momentum * batch``, with the unbiased batch variance.
@@ -102,7 +104,8 @@ def batch_norm(
     Returns
     -------
     ndarray
-        ``out``, or a new array of the shape, dtype and layout of ``x``.
+        ``out``, or a new array of the shape, dtype and layout of ``x``. For an ``x`` on a GPU, of
+        its library; of Numba where that is none of the three.
 
     Raises
     ------
@@ -110,7 +113,11 @@ def batch_norm(
         For shapes that do not fit, one value per channel in training, a bad eps or activation, or
         an ``out`` that overlaps an input without being it.
     TypeError
-        For dtypes that are not accepted.
+        For dtypes that are not accepted, arrays of several devices, or of a device and the host.
+    MemoryError
+        If the host or the GPU has no memory for the result. Nothing is changed then.
+    RuntimeError
+        For a torch tensor on a GPU that requires grad, outside ``torch.no_grad()``.
 
     Examples
     --------

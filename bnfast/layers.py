@@ -132,7 +132,7 @@ class _BatchNorm:
         Parameters
         ----------
         x : ndarray of float32 or float64, shape (N, C, ...)
-            Any strides.
+            Any strides; also on a GPU, as `bnfast.functional.batch_norm` says.
         residual : ndarray like ``x``, optional
             Added to the normalised result, before the activation.
         out : ndarray like ``x``, optional
@@ -141,11 +141,11 @@ class _BatchNorm:
         Returns
         -------
         ndarray
-            ``out``, or a new array of the shape, dtype and layout of ``x``.
+            ``out``, or a new array of the shape, dtype, layout and library of ``x``.
 
         Raises
         ------
-        ValueError, TypeError
+        ValueError, TypeError, MemoryError, RuntimeError
             For what `bnfast.functional.batch_norm` refuses. A refused call changes nothing.
         """
         x = admit(x, self._ndims, self.backend)

@@ -43,14 +43,14 @@ def test_out_of_memory(kind, numbers, gpu, call):
 
 
 def test_other_errors_pass_through():
-    with pytest.raises(ZeroDivisionError), failures.memory_for("the result", 8, "cuda:0", None):
+    with pytest.raises(ZeroDivisionError), failures.MemoryFor("the result", 8, "cuda:0", None):
         raise ZeroDivisionError
 
 
 def test_how_much_is_free_may_be_unknown():
     with (
         pytest.raises(MemoryError, match=r"^no memory on cuda:0 for the result of 1,000 bytes$"),
-        failures.memory_for("the result", 1000, "cuda:0", None),
+        failures.MemoryFor("the result", 1000, "cuda:0", None),
     ):
         raise MemoryError
 
@@ -148,3 +148,15 @@ def test_bindings_missing():
     assert failures.not_imported(error) == (
         "numba.cuda cannot be used: No module named 'cuda.bindings'"
     )
+
+
+def test_without_numba():
+    printed = output_of(
+        """
+        import sys
+        sys.modules["numba"] = None
+        import bnfast
+        print(bnfast.list_backends()["cuda"].reason)
+        """
+    )
+    assert printed == "numba.cuda cannot be used: import of numba halted; None in sys.modules"

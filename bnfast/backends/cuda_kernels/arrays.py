@@ -130,9 +130,9 @@ class Frame:
                 _synchronize(self.device, form.stream)
             self._others.add(form.stream)
 
-    def memory_for(self, purpose: str, size: int) -> AbstractContextManager[None]:
+    def memory_for(self, purpose: str, size: int) -> failures.MemoryFor:
         """Return a context that says so where the device has no memory for something."""
-        return failures.memory_for(purpose, size, f"cuda:{self.device}", cuda)
+        return failures.MemoryFor(purpose, size, f"cuda:{self.device}", cuda)
 
     def __exit__(self, *error: Any) -> None:
         if self._others:  # whoever goes on to use those streams finds the results there
@@ -196,7 +196,7 @@ def _allocate(
 ) -> Any:
     """Return a new array of ``shape`` in C order, seen with its axes permuted by ``inverse``."""
     array, torch, cupy = like.array, sys.modules.get("torch"), sys.modules.get("cupy")
-    with failures.memory_for(purpose, like.nbytes, like.place, cuda):
+    with failures.MemoryFor(purpose, like.nbytes, like.place, cuda):
         if torch is not None and isinstance(array, torch.Tensor):
             tensor = torch.empty(shape, dtype=array.dtype, device=array.device)
             return tensor if inverse is None else tensor.permute(inverse)
@@ -227,6 +227,7 @@ def _over(x: DeviceArray, shape: tuple[int, ...], strides: tuple[int, ...]) -> D
     return DeviceArray(x.array, shape, strides, x.dtype, x.address, x.writeable, x.place, x.stream)
 
 
+@functools.lru_cache(maxsize=1024)
 def _row_major(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """Return the strides of an array in C order."""
     strides, extent = [], itemsize

@@ -7,8 +7,7 @@ by another backend in its place.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 from bnfast.errors import BackendUnavailableError
@@ -79,11 +78,13 @@ def refuse_fork() -> None:
         raise BackendUnavailableError(FORKED)
 
 
-@contextmanager
-def memory_for(purpose: str, size: int, place: str, cuda: Any) -> Iterator[None]:
-    """Turn the out-of-memory errors of Numba, CuPy and torch into one MemoryError with the sizes.
+@dataclass(slots=True)
+class MemoryFor:
+    """A context that turns errors of full memory into one MemoryError with the sizes.
 
-    Parameters
+    Those of Numba, CuPy and torch. (`contextlib.contextmanager` would cost a microsecond.)
+
+    Attributes
     ----------
     purpose : str
         What the memory is for.
@@ -94,14 +95,22 @@ def memory_for(purpose: str, size: int, place: str, cuda: Any) -> Iterator[None]
     cuda : module
         ``numba.cuda``, which knows how much memory is free.
     """
-    try:
-        yield
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        raise MemoryError(
-            f"no memory on {place} for {purpose} of {size:,} bytes{_free(cuda)}"
-        ) from error
+
+    purpose: str
+    size: int
+    place: str
+    cuda: Any
+
+    def __enter__(self) -> None:
+        """Nothing yet."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Raise MemoryError instead, if that is what it is."""
+        if error is not None and out_of_memory(error):
+            raise MemoryError(
+                f"no memory on {self.place} for {self.purpose} of {self.size:,} bytes"
+                f"{_free(self.cuda)}"
+            ) from error
 
 
 def out_of_memory(error: BaseException) -> bool:
