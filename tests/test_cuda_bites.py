@@ -20,7 +20,9 @@ def test_wrong_device_kernel_is_caught(name, conformance, monkeypatch) -> None: 
     wrong = wrong_device_kernels.WRONG[name]
     monkeypatch.setattr(wrong.module, wrong.name, wrong.stand_in(getattr(wrong.module, wrong.name)))
     with quick():
-        outcome = conformance(name, "'cuda'", wrong.caught_by, most_elements=MOST_ELEMENTS)
+        outcome = conformance(
+            f"cuda_{name}", "'cuda'", wrong.caught_by, most_elements=MOST_ELEMENTS
+        )
     missed = set(wrong.caught_by) - outcome.failures.keys()
     assert not missed, f"passed with {name.replace('_', ' ')}: {sorted(missed)}"
 
@@ -28,6 +30,8 @@ def test_wrong_device_kernel_is_caught(name, conformance, monkeypatch) -> None: 
 def test_right_device_kernels_pass_the_same_way(conformance) -> None:  # noqa: F811
     wanted = sorted({test for row in wrong_device_kernels.WRONG.values() for test in row.caught_by})
     with quick():
-        outcome = conformance("right", "'cuda'", wanted, enough=12, most_elements=MOST_ELEMENTS)
+        outcome = conformance(
+            "cuda_right", "'cuda'", wanted, enough=12, most_elements=MOST_ELEMENTS
+        )
     assert not outcome.failures, outcome.failures
     assert set(outcome.passed) == set(wanted)

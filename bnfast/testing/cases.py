@@ -97,10 +97,12 @@ OUTLIERS = (
     Outliers((9, 2, 8191), 1, 1),
     Outliers((9, 2, 8191), 9, 1),
     Outliers((31, 3, 61), 1, 1),
+    Outliers((5, 2, 61), 1, 1),
     # The first run.
     Outliers((1031, 2, 67), 1, None),
     # The first rows.
     Outliers((1023, 3), 1, None),
+    Outliers((61, 3), 4, None),
     Outliers((70001, 1), 4, None),
     Outliers((70001, 3), 4, None),
     Outliers((12289, 16), 1, None),

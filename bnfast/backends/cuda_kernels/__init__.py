@@ -2,13 +2,16 @@
 
     driver      the only file that imports `cuda`: what kernels call, on a GPU and in the simulator
     arithmetic  one element, one vector of them, one channel: device functions without barriers
+    batches     several vectors of a thread at a time
     reductions  sums over the threads of a block
     rows        kernels for channels-first (N, C, S): a channel is N runs of S adjacent elements
     columns     kernels for channels-last (M, C): a channel is a column
     merging     a channel's result from those of its parts
     geometry    how arrays are cut into parts, by their shape alone
+    signatures  what kernels are compiled for
     launch      compiled kernels, grids, and what goes up to the device and comes down
-    arrays      what the backend takes for an array
+    arrays      what the backend takes for an array; `copying` mends strides, `dlpack` reads capsules
+    failures    what can be wrong with a GPU, and the sentence for it
 
 A kernel is an undecorated function made by a factory, `factory(real)`, for elements of the type
 ``real``. `launch` compiles it for the signature that its annotations spell. Arrays come as bare

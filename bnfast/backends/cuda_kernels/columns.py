@@ -169,7 +169,7 @@ def sums(real) -> Kernel:
         at, limit = VECTOR * thread, min(width, wide - tile * width)
         own_columns(own, at, channels)
         for k in range(VECTOR):
-            means[k] = factors[tile * width + own[k]]
+            means[k] = factors[tile * width + own[k]] if at + k < limit else 0.0
         part = block
         while part < parts:
             begin = part * span * wide + tile * width

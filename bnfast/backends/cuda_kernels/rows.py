@@ -7,7 +7,7 @@ transformed by in shared memory::
     chunk                |<----------->|
     table                 b c a
 
-Sums take one part of a channel at a time (`geometry.cut_rows`). A run may begin anywhere, so the
+Sums take one part of a channel at a time (`geometry.plan`). A run may begin anywhere, so the
 vectors at its ends reach beyond it; what is not of the run does not count.
 """
 
