@@ -10,7 +10,7 @@
     geometry    how arrays are cut into parts, by their shape alone
     signatures  what kernels are compiled for
     launch      compiled kernels, grids, and what goes up to the device and comes down
-    arrays      what the backend takes for an array; `copying` mends strides, `dlpack` reads capsules
+    arrays      what the backend takes for an array; with `copying` and `dlpack`
     failures    what can be wrong with a GPU, and the sentence for it
 
 A kernel is an undecorated function made by a factory, `factory(real)`, for elements of the type
