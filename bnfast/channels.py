@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from bnfast.device import on_device, where
 from bnfast.spec import Channels
 
 FLOAT64: Final = np.dtype(np.float64)
@@ -87,11 +88,21 @@ def refuse_mask(value: Any) -> None:
         raise TypeError("masked arrays are not accepted: the mask would be ignored")
 
 
-def as_array(value: Any) -> np.ndarray[Any, Any]:
-    """Return ``value`` as an array; raise TypeError for a masked one."""
+def refuse_device(value: Any, name: str) -> None:
+    """Raise TypeError for an array on a device."""
+    if on_device(value):
+        raise TypeError(
+            f"{name} is {where(value)}, but parameters and running statistics live in host memory, "
+            "wherever x is: copy it to a NumPy array first"
+        )
+
+
+def as_array(value: Any, name: str) -> np.ndarray[Any, Any]:
+    """Return ``value`` as a NumPy array; raise TypeError for one that is masked or on a device."""
     if type(value) is np.ndarray:
         return value
     refuse_mask(value)
+    refuse_device(value, name)
     return np.asarray(value)
 
 
@@ -109,14 +120,14 @@ def pack(vector: Any, default: float, channels: int, name: str) -> Channels:
         packed = np.empty(channels)
         packed.fill(default)
         return packed
-    array = vector if type(vector) is np.ndarray else as_array(vector)
+    array = vector if type(vector) is np.ndarray else as_array(vector, name)
     check_vector(array, channels, name)
     return array.astype(FLOAT64)
 
 
 def as_channels(vector: Any, channels: int, name: str) -> Channels:
     """Return a vector as the kernels want it: itself, if it is that already; else as `pack`."""
-    array = as_array(vector)
+    array = as_array(vector, name)
     if array.dtype is FLOAT64 and array.shape == (channels,) and array.flags.carray:
         return array
     return pack(array, 0.0, channels, name)

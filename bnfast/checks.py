@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import channels, registry
+from bnfast.device import DeviceArray, where
 from bnfast.layout import Plan
+from bnfast.spec import DeviceKernels, Kernels
 
 
-def admit(x: Any, ndim: tuple[int, ...] | None) -> NDArray[Any]:
+def admit(x: Any, ndim: tuple[int, ...] | None, backend: str | None = None) -> NDArray[Any]:
     """Return ``x`` as an array of an accepted dtype and number of dimensions.
 
-    ``ndim`` lists the numbers of dimensions to accept; None means any from 2 on.
+    ``ndim`` lists the numbers of dimensions to accept; None means any from 2 on. For an array that
+    lives elsewhere than in host memory this is a `DeviceArray`, from the backend that reads it:
+    ``backend``, or the choice in force.
 
     Raises
     ------
     TypeError
-        For other dtypes, naming the cast to use, and for masked arrays, whose mask would be lost.
+        For other dtypes, naming the cast to use, for masked arrays, whose mask would be lost, and
+        for what `registry.choose` refuses.
     ValueError
         For other numbers of dimensions.
     """
-    if type(x) is not np.ndarray and not registry.on_device(x):
-        x = channels.as_array(x)
+    if type(x) is not np.ndarray:
+        x = registry.describe(backend, x) or channels.as_array(x, "x")
     if x.dtype.char not in "fd":
         raise TypeError(
             f"expected an array of float32 or float64, got dtype {x.dtype}; "
@@ -59,10 +64,12 @@ def check_eps(eps: float, training: bool) -> None:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
 
 
-def check_like(array: Any, x: NDArray[Any], name: str) -> NDArray[Any]:
-    """Return ``array`` as an array; raise unless it has the shape and dtype of ``x``."""
-    if type(array) is not np.ndarray and not registry.on_device(array):
-        array = channels.as_array(array)
+def check_like(array: Any, x: NDArray[Any], name: str, kernels: Kernels) -> NDArray[Any]:
+    """Return ``array`` as an array; raise unless it has the shape, dtype and place of ``x``."""
+    if type(array) is not type(x):  # x is a NumPy array and nothing more, or a DeviceArray
+        array = _beside(array, x, name, kernels)
+        if not isinstance(array, DeviceArray):
+            array = channels.as_array(array, name)
     if array.shape != x.shape:
         raise ValueError(f"{name} should have the shape of x, {x.shape}, got {array.shape}")
     if array.dtype.char != x.dtype.char:
@@ -71,13 +78,20 @@ def check_like(array: Any, x: NDArray[Any], name: str) -> NDArray[Any]:
     return checked
 
 
-def check_out(out: Any, plan: Plan, may_be: Mapping[str, NDArray[Any] | None]) -> None:
-    """Raise unless ``out`` can take the result of a call on an array of this plan.
+def check_out(
+    out: Any,
+    x: NDArray[Any],
+    plan: Plan,
+    kernels: Kernels,
+    may_be: Mapping[str, NDArray[Any] | None],
+) -> Any:
+    """Return ``out`` if it can take the result of a call on ``x``, a device's array described.
 
     It may be one of the arrays of ``may_be`` itself, but overlaps none of them otherwise.
     """
-    if type(out) is not np.ndarray:
-        if not (isinstance(out, np.ndarray) or registry.on_device(out)):
+    if type(out) is not type(x):
+        out = _beside(out, x, "out", kernels)
+        if not isinstance(out, np.ndarray | DeviceArray):
             raise TypeError(f"out should be an array like x, got {type(out).__name__}")
         channels.refuse_mask(out)
     if out.shape != plan.shape:
@@ -92,14 +106,27 @@ def check_out(out: Any, plan: Plan, may_be: Mapping[str, NDArray[Any] | None]) -
     for name, array in may_be.items():
         if array is not out and _overlap(out, array) and not is_same(out, array):
             raise ValueError(f"out overlaps {name} without being {name} itself")
+    return out
 
 
-def check_apart(out: NDArray[Any] | None, arrays: Mapping[str, Any]) -> None:
+def check_apart(out: Any, arrays: Mapping[str, Any]) -> None:
     """Raise ValueError if ``out`` overlaps one of ``arrays``."""
-    if out is not None:
+    if isinstance(out, np.ndarray | DeviceArray):
         for name, array in arrays.items():
             if _overlap(out, array):
                 raise ValueError(f"out overlaps {name}")
+
+
+def _beside(array: Any, x: Any, name: str, kernels: Kernels) -> Any:
+    """Return what stands for ``array`` in a call on ``x``; raise unless both are in one place."""
+    if not isinstance(array, np.ndarray) and kernels.accepts(array):
+        array = cast("DeviceKernels", kernels).describe(array)
+    if where(array) != where(x):
+        raise TypeError(
+            f"{name} is {where(array)}, but x is {where(x)}: the arrays of a call lie in one "
+            "place; copy one of them to where the other is"
+        )
+    return array
 
 
 def is_same(a: Any, b: Any) -> bool:
@@ -140,6 +167,7 @@ def check_both_running(mean: Any, var: Any) -> None:
 def check_running(running: Any, count: int, name: str) -> None:
     """Raise unless ``running`` is a vector of ``count`` that can be updated in place."""
     if not isinstance(running, np.ndarray):
+        channels.refuse_device(running, name)
         raise TypeError(f"{name} should be an array: training updates it in place")
     channels.refuse_mask(running)
     channels.check_vector(running, count, name)

@@ -8,7 +8,7 @@ half of that way, for callers whose channel vectors are float64 already: the fun
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,9 @@ from bnfast.checks import (
     check_running,
     is_relu,
 )
+from bnfast.device import DeviceArray
 from bnfast.layout import Plan
-from bnfast.spec import Channels, Floats, Kernels
+from bnfast.spec import Channels, DeviceKernels, Floats, Kernels
 
 __all__ = [
     "Gradients",
@@ -76,7 +77,9 @@ def batch_norm(
     Parameters
     ----------
     x : ndarray of float32 or float64, shape (N, C, ...)
-        The input; any strides.
+        The input; any strides. It may live on a GPU: as an array of CuPy, torch or Numba, or as any
+        other with ``__cuda_array_interface__`` or DLPack. ``residual`` and ``out`` are then on the
+        same GPU, and all vectors of one number per channel in host memory, as NumPy arrays.
     running_mean, running_var : ndarray, shape (C,), or None
         Both or neither. In training they are updated in place where given:
         ``new = (1 - momentum) * old + momentum * batch``, with the unbiased batch variance.
@@ -101,7 +104,8 @@ def batch_norm(
     Returns
     -------
     ndarray
-        ``out``, or a new array of the shape, dtype and layout of ``x``.
+        ``out``, or a new array of the shape, dtype and layout of ``x``. For an ``x`` on a GPU, of
+        its library; of Numba where that is none of the three.
 
     Raises
     ------
@@ -109,7 +113,11 @@ def batch_norm(
         For shapes that do not fit, one value per channel in training, a bad eps or activation, or
         an ``out`` that overlaps an input without being it.
     TypeError
-        For dtypes that are not accepted.
+        For dtypes that are not accepted, arrays of several devices, or of a device and the host.
+    MemoryError
+        If the host or the GPU has no memory for the result. Nothing is changed then.
+    RuntimeError
+        For a torch tensor on a GPU that requires grad, outside ``torch.no_grad()``.
 
     Examples
     --------
@@ -120,7 +128,7 @@ def batch_norm(
     <BLANKLINE>
            [[ 0.293,  0.878,  1.464]]], dtype=float32)
     """
-    x = admit(x, ndim=None)
+    x = admit(x, None, backend)
     count = x.shape[1]
     relu = is_relu(activation)
     check_eps(eps, training)
@@ -178,7 +186,7 @@ def batch_norm_with_stats(
     mean, invstd : ndarray of float64, shape (C,)
         The batch mean and ``1 / sqrt(biased variance + eps)``.
     """
-    x = admit(x, ndim=None)
+    x = admit(x, None, backend)
     count = x.shape[1]
     relu = is_relu(activation)
     check_eps(eps, training=True)
@@ -241,7 +249,7 @@ def batch_norm_backward(
 
     Ioffe and Szegedy, "Batch Normalization", 2015, section 3.
     """
-    x = admit(x, ndim=None)
+    x = admit(x, None, backend)
     count = x.shape[1]
     relu = is_relu(activation)
     if relu and y is None:
@@ -276,7 +284,7 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
     Moments
         In float64, ready to be merged with those of other batches.
     """
-    x = admit(x, ndim=None)
+    x = admit(x, None, backend)
     kernels = registry.choose(backend, x)
     plan = layout.plan(x.shape, x.strides, x.dtype)
     x_form = kernels.view(x, plan)
@@ -304,7 +312,7 @@ def normalize_packed(
     """Run ``normalize`` on an admitted array with packed channel vectors."""
     kernels = registry.choose(backend, x)
     plan = layout.plan(x.shape, x.strides, x.dtype)
-    x_form, residual_form = _sources(x, residual, out, plan, kernels)
+    x_form, residual_form, out = _sources(x, residual, out, plan, kernels)
     y, y_form = _destination(out, plan, kernels, x)
     num_threads = threads.claim(x.size)
     try:
@@ -322,7 +330,7 @@ def normalize_packed(
         )
     finally:
         threads.release(num_threads)
-    return _deliver(out, y)
+    return _deliver(out, y, kernels)
 
 
 def train_packed(
@@ -347,7 +355,7 @@ def train_packed(
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"
         )
-    x_form, residual_form = _sources(x, residual, out, plan, kernels)
+    x_form, residual_form, out = _sources(x, residual, out, plan, kernels)
     y, y_form = _destination(out, plan, kernels, x)
     num_threads = threads.claim(x.size)
     try:
@@ -365,7 +373,7 @@ def train_packed(
         )
     finally:
         threads.release(num_threads)
-    return _deliver(out, y), plan.count
+    return _deliver(out, y, kernels), plan.count
 
 
 def backward_packed(
@@ -383,11 +391,13 @@ def backward_packed(
     """Run the backward kernels on an admitted array; ``y`` is given where ReLU was fused."""
     kernels = registry.choose(backend, x)
     plan = layout.plan(x.shape, x.strides, x.dtype)
-    dy = check_like(dy, x, "dy")
+    dy = check_like(dy, x, "dy", kernels)
     relu = y is not None
-    y_form = kernels.view(check_like(y, x, "y"), plan) if relu else None
+    if relu:
+        y = check_like(y, x, "y", kernels)
+    y_form = kernels.view(y, plan) if relu else None
     if out is not None:
-        check_out(out, plan, may_be={"dy": dy})
+        out = check_out(out, x, plan, kernels, may_be={"dy": dy})
         check_apart(out, {"x": x, "y": y, "mean": mean, "invstd": invstd})
     dx, dx_form = _destination(out, plan, kernels, x)
     dresidual = kernels.empty(plan, like=x) if want_residual else None
@@ -441,18 +451,21 @@ def backward_packed(
             )
     finally:
         threads.release(num_threads)
-    return Gradients(_deliver(out, dx), sum_dy_xhat, sum_dy, dresidual)
+    return Gradients(_deliver(out, dx, kernels), sum_dy_xhat, sum_dy, dresidual)
 
 
 def _sources(
     x: NDArray[Any], residual: Any, out: Any, plan: Plan, kernels: Kernels
-) -> tuple[Floats, Floats | None]:
-    """Check what a forward call adds and where it writes; return the forms of x and residual."""
+) -> tuple[Floats, Floats | None, Any]:
+    """Check what a forward call adds and where it writes.
+
+    Returns the forms of x and residual, and ``out`` as `check_out` returns it.
+    """
     if residual is not None:
-        residual = check_like(residual, x, "residual")
+        residual = check_like(residual, x, "residual", kernels)
     if out is not None:
-        check_out(out, plan, may_be={"x": x, "residual": residual})
-    return kernels.view(x, plan), None if residual is None else kernels.view(residual, plan)
+        out = check_out(out, x, plan, kernels, may_be={"x": x, "residual": residual})
+    return kernels.view(x, plan), None if residual is None else kernels.view(residual, plan), out
 
 
 def _destination(
@@ -463,10 +476,15 @@ def _destination(
     return y, kernels.view(y, plan)
 
 
-def _deliver(out: Any, y: NDArray[Any]) -> NDArray[Any]:
+def _deliver(out: Any, y: NDArray[Any], kernels: Kernels) -> NDArray[Any]:
     """Return the result, copied to ``out`` where the kernels could not write there."""
-    if out is None or out is y:
+    if out is None:
         return y
-    out[...] = y
     delivered: NDArray[Any] = out
+    if type(out) is DeviceArray:
+        delivered = out.array
+        if out is not y:
+            cast("DeviceKernels", kernels).assign(out, y)
+    elif out is not y:
+        out[...] = y
     return delivered

@@ -23,6 +23,7 @@ from numpy.typing import DTypeLike, NDArray
 from bnfast import channels, registry
 from bnfast.channels import FLOAT64
 from bnfast.checks import admit, check_both_running, check_eps, is_relu, is_same
+from bnfast.device import DeviceArray
 from bnfast.functional import backward_packed, normalize_packed, train_packed
 from bnfast.spec import Channels
 
@@ -54,7 +55,7 @@ def _vector(row: int, text: str) -> property:
 
     def assign(self: _BatchNorm, value: Any) -> None:
         if value is not None:
-            array = channels.as_array(value)
+            array = channels.as_array(value, name)
             channels.check_vector(array, self.num_features, name)
         with np.errstate(over="ignore"):
             self._table[row] = _NEUTRAL[row] if value is None else array
@@ -131,7 +132,7 @@ class _BatchNorm:
         Parameters
         ----------
         x : ndarray of float32 or float64, shape (N, C, ...)
-            Any strides.
+            Any strides; also on a GPU, as `bnfast.functional.batch_norm` says.
         residual : ndarray like ``x``, optional
             Added to the normalised result, before the activation.
         out : ndarray like ``x``, optional
@@ -140,14 +141,14 @@ class _BatchNorm:
         Returns
         -------
         ndarray
-            ``out``, or a new array of the shape, dtype and layout of ``x``.
+            ``out``, or a new array of the shape, dtype, layout and library of ``x``.
 
         Raises
         ------
-        ValueError, TypeError
+        ValueError, TypeError, MemoryError, RuntimeError
             For what `bnfast.functional.batch_norm` refuses. A refused call changes nothing.
         """
-        x = admit(x, self._ndims)
+        x = admit(x, self._ndims, self.backend)
         if x.shape[1] != self.num_features:
             raise ValueError(
                 f"running_mean should contain {x.shape[1]} elements not {self.num_features}: "
@@ -177,6 +178,8 @@ class _BatchNorm:
             if n:
                 channels.update_running(rows[2:], n, factor, self._views[2], self._views[3])
         if self.training:
+            if out is not None and type(out) is not type(x):
+                out = admit(out, self._ndims, self.backend)  # once more, for where it lies
             if out is not None and is_same(out, x):
                 self._saved = "its input was overwritten by out=x"
             else:
@@ -232,6 +235,8 @@ class _BatchNorm:
         if isinstance(saved, str):
             raise RuntimeError(f"no gradient: {saved}")
         x, y, mean, m2, n, weight, eps, residual = saved
+        if isinstance(x, DeviceArray):
+            x = admit(x.array, self._ndims, self.backend)  # by now its stream may be another
         invstd = channels.invstd(m2, n, eps)
         gradients = backward_packed(
             dy, x, y, mean, invstd, weight, True, residual, None, self.backend
@@ -327,7 +332,7 @@ class _BatchNorm:
                 f"cannot load the state of {type(self).__name__}: {', '.join(parts)}; "
                 f"expected {list(own)}"
             )
-        found = {key: channels.as_array(mapping[key]) for key in own if key in mapping}
+        found = {key: channels.as_array(mapping[key], key) for key in own if key in mapping}
         count = None
         if counter in found:
             count = _as_counter(found.pop(counter), counter)

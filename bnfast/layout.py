@@ -99,7 +99,7 @@ def plan(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[np.ge
         inverse=tuple(axes.index(axis) for axis in identity) if permuted else None,
         kernel_shape=kernel_shape,
         count=outer * inner,
-        dense=_is_dense(axes, shape, strides, dtype.itemsize),
+        dense=is_dense(axes, shape, strides, dtype.itemsize),
     )
 
 
@@ -125,7 +125,7 @@ def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int
     return tuple([axis for axis in identity if shape[axis] == 1] + ordered)
 
 
-def _is_dense(
+def is_dense(
     axes: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
 ) -> bool:
     """Return whether, from the innermost axis out, each stride is the extent of what is inside."""

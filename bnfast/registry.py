@@ -34,17 +34,15 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple, cast
 
 from numpy import ndarray
 
+from bnfast.device import DeviceArray, on_device
 from bnfast.errors import BackendUnavailableError, UnknownBackendError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bnfast.spec import Kernels
+    from bnfast.spec import DeviceKernels, Kernels
 
 AUTO: Final = "auto"
-
-_HOST_DEVICE_TYPES: Final = frozenset({1, 3, 11})
-"""DLPack's device types whose memory a CPU reads: CPU, and host memory pinned by CUDA or ROCm."""
 
 
 class Backend(NamedTuple):
@@ -283,6 +281,17 @@ def choose(argument: str | None, x: object = None) -> Kernels:
     return _for_device(choice, x)
 
 
+def describe(argument: str | None, x: object) -> DeviceArray | None:
+    """Return what stands for ``x`` in a call that was given ``backend=argument``.
+
+    None if ``x`` is to be taken as a NumPy array. Raises what `choose` raises.
+    """
+    if isinstance(x, ndarray):
+        return None
+    kernels = choose(argument, x)
+    return cast("DeviceKernels", kernels).describe(x) if kernels.accepts(x) else None
+
+
 def current(argument: str | None = None) -> Choice:
     """Return the choice in force, and who made it: this expression is the order of precedence."""
     return (
@@ -340,23 +349,15 @@ def _for_device(choice: Choice, x: object) -> Kernels:
     if choice.automatic:
         names = [entry.name for entry in tuple(_table.values()) if entry.automatic_for == "device"]
         choice = _resolve(",".join(names), "auto, for an array on a GPU")
-    if not choice.kernels.accepts(x):
-        kind = f"{type(x).__module__}.{type(x).__qualname__}"
+    array = x.array if isinstance(x, DeviceArray) else x
+    if not choice.kernels.accepts(array):
+        kind = f"{type(array).__module__}.{type(array).__qualname__}"
         raise TypeError(
             f"backend {choice.name!r} (asked for by {choice.source}) does not read arrays of type "
             f"{kind} on the device where this one lives; copy the array to the host first, or "
             f"leave the choice to backend={AUTO!r}"
         )
     return choice.kernels
-
-
-def on_device(x: object) -> bool:
-    """Return whether ``x`` is an array in memory that a CPU does not read."""
-    # DLPack is asked first: __cuda_array_interface__ of a torch tensor that requires grad raises.
-    dlpack_device = getattr(x, "__dlpack_device__", None)
-    if dlpack_device is not None:
-        return dlpack_device()[0] not in _HOST_DEVICE_TYPES
-    return hasattr(x, "__cuda_array_interface__")
 
 
 def _named(names: str, source: str) -> Choice:

@@ -39,6 +39,11 @@ Optional members
     cut for, so that tests send small arrays the way of large ones. ``OPENMP`` (a bool) and
     ``CYTHON_VERSION`` (a str) are reported by `bnfast.show_config`.
 
+    A backend that accepts other arrays than NumPy's has two more hooks, those of `DeviceKernels`.
+    Its ``describe(x)`` is called once for each array of a call, and ``view`` and ``empty`` are
+    given the `bnfast.device.DeviceArray` in place of the array. ``empty`` returns an array of the
+    kind that was described, and ``view`` takes that as well.
+
 Rounding
     ``normalize`` computes ``(x - mean) * (weight / sqrt(var + eps)) + bias``, rounds it to the
     dtype of x, then adds ``residual`` and rounds again, then applies ReLU, which lets NaN pass.
@@ -53,6 +58,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from bnfast.device import DeviceArray
     from bnfast.layout import Plan
 
 Floats: TypeAlias = NDArray[Any]
@@ -201,6 +207,16 @@ class Kernels(Protocol):
         num_threads: int,
     ) -> None:
         """``backward_sums``, then ``backward_input`` with count = n, fused to read memory once."""
+
+
+class DeviceKernels(Kernels, Protocol):
+    """The functions of a backend that accepts other arrays than NumPy's."""
+
+    def describe(self, x: Any) -> DeviceArray:
+        """Return what policy needs to know of ``x``; raise TypeError or ValueError to refuse it."""
+
+    def assign(self, out: DeviceArray, y: Any) -> None:
+        """Copy ``y``, which `empty` returned, to ``out``, whatever its memory order."""
 
 
 def output_scale(

@@ -9,10 +9,13 @@ Header
     Also runs the tests marked ``slow``.
 Closing lines
     For each backend how many tests of the conformance suite really ran on it.
+``NUMBA_ENABLE_CUDASIM=0``
+    Tests the CUDA kernels on a GPU. Otherwise they run in Numba's simulator.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,14 +26,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")  # Numba looks once, when it is imported
+
 import bnfast
 from bnfast import memory, registry
 from bnfast.testing import seeding
 
 if TYPE_CHECKING:
     from bad_calls import Scene
+    from made_up_gpu import Gpu, Kind
 
-pytest.register_assert_rewrite("bad_calls", "torch_comparison", "torch_twin", "trained_layers")
+pytest.register_assert_rewrite(
+    "bad_calls", "made_up_gpu", "torch_comparison", "torch_twin", "trained_layers"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,7 +89,7 @@ def pytest_report_header(config: pytest.Config) -> Iterator[str]:
     report = bnfast.show_config("dict")
     for name, row in report["backends"].items():
         state = row["instruction_set"] if row["available"] else f"not here: {row['reason']}"
-        yield f"backend {name}: {state}"
+        yield f"backend {name} (simulator)" if state == "simulator" else f"backend {name}: {state}"
     threads = report["threads"]
     yield f"threads: {threads['error'] or threads['count']} ({threads['source']})"
     yield f"random inputs: --seed {config.option.seed}"
@@ -126,6 +134,16 @@ def absent_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Let the backend ``cuda`` be unavailable, whatever is here; return the reason."""
+    reason = "there is no GPU"
+    monkeypatch.setattr("bnfast.backends.numba_cuda.unavailable", lambda: reason)
+    registry._reset()
+    yield reason
+    registry._reset()
+
+
+@pytest.fixture
 def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start and end a test in the state right after import, with BNFAST_BACKEND unset."""
     monkeypatch.delenv("BNFAST_BACKEND", raising=False)
@@ -146,6 +164,28 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object], None]]
     memory._reset()
     yield set_bound
     memory._reset()
+
+
+@pytest.fixture
+def gpu(fresh_registry: None, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """Return a made-up GPU that ``auto`` finds."""
+    import made_up_gpu
+
+    return made_up_gpu.install(monkeypatch)
+
+
+@pytest.fixture(params=["cupy", "torch", "numba", "interface", "dlpack"])
+def kind(request: pytest.FixtureRequest, gpu: Gpu) -> Kind:
+    """Return, for each kind of array, what puts NumPy arrays on the made-up GPU as that kind."""
+    from made_up_gpu import Kind
+
+    return Kind(gpu, request.param)
+
+
+@pytest.fixture
+def numbers(rng: np.random.Generator) -> Callable[..., np.ndarray]:
+    """Return a function that draws float32 arrays of a shape."""
+    return lambda *shape: rng.normal(3, 2, shape).astype(np.float32)
 
 
 @pytest.fixture

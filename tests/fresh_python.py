@@ -16,12 +16,12 @@ _HOME = str(Path(bnfast.__file__).parent.parent)
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``python *arguments`` on the package under test, with these environment variables only.
 
-    Variables of bnfast and OpenMP that this process was started with are not passed on.
+    Variables of bnfast, OpenMP and Numba's simulator that this process has are not passed on.
     """
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("BNFAST_", "OMP_"))
+        if not name.startswith(("BNFAST_", "OMP_", "NUMBA_ENABLE_CUDASIM"))
     }
     paths = os.pathsep.join(filter(None, [_HOME, inherited.get("PYTHONPATH")]))
     return subprocess.run(

@@ -39,6 +39,7 @@ from bnfast.testing import KernelConformance
 class TestSubject(KernelConformance):
     backend = {backend}
     seed = {seed}
+    most_elements = {most_elements}
 """
 
 
@@ -83,9 +84,16 @@ class Outcome:
 def conformance(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     """Return a function that runs some tests of the suite on a backend."""
 
-    def run(name: str, backend: str, wanted: Sequence[str], enough: float = math.inf) -> Outcome:
+    def run(
+        name: str,
+        backend: str,
+        wanted: Sequence[str],
+        enough: float = math.inf,
+        most_elements: int | None = None,
+    ) -> Outcome:
         module = tmp_path / f"test_{name}.py"
-        module.write_text(MODULE.format(backend=backend, seed=int(rng.integers(2**32))))
+        seed = int(rng.integers(2**32))
+        module.write_text(MODULE.format(backend=backend, seed=seed, most_elements=most_elements))
         (tmp_path / "pytest.ini").write_text("[pytest]\n")
         monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
         outcome = Outcome(wanted, enough)

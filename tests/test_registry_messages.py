@@ -234,14 +234,6 @@ def test_list_backends_is_a_copy():
     assert list(bnfast.list_backends()) == ["cython", "numba", "cuda", "numpy"]
 
 
-def test_cuda_says_that_it_is_not_there_yet():
-    row = bnfast.list_backends()["cuda"]
-    assert not row.available
-    assert (
-        row.reason == "this version of bnfast has no CUDA kernels yet; a later one will bring them"
-    )
-
-
 def test_loaded_lists_what_was_imported_and_imports_nothing(monkeypatch, write_backend):
     write_backend("late", "def unavailable(): return None")
     monkeypatch.setitem(sys.modules, CYTHON, None)

@@ -6,7 +6,9 @@ A shape of three numbers is channels-first ``(N, C, S)``, one of two is channels
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from types import FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -95,10 +97,12 @@ OUTLIERS = (
     Outliers((9, 2, 8191), 1, 1),
     Outliers((9, 2, 8191), 9, 1),
     Outliers((31, 3, 61), 1, 1),
+    Outliers((5, 2, 61), 1, 1),
     # The first run.
     Outliers((1031, 2, 67), 1, None),
     # The first rows.
     Outliers((1023, 3), 1, None),
+    Outliers((61, 3), 4, None),
     Outliers((70001, 1), 4, None),
     Outliers((70001, 3), 4, None),
     Outliers((12289, 16), 1, None),
@@ -224,6 +228,31 @@ def name(value: object) -> str | None:
 def over(argument: str, values: tuple[Any, ...]) -> pytest.MarkDecorator:
     """Run a test once for each value of an argument."""
     return pytest.mark.parametrize(argument, values, ids=name)
+
+
+def leave_out_larger(suite: type, most_elements: int) -> None:
+    """Give a class of tests copies of those it inherits, without the shapes that are larger.
+
+    A test that is left without a shape is left out.
+    """
+    for test in dir(suite):
+        function = getattr(suite, test)
+        marks = list(getattr(function, "pytestmark", ()))
+        for i, mark in enumerate(marks):
+            if test.startswith("test_") and mark.args[0] in ("shape", "outliers"):
+                kept = tuple(value for value in mark.args[1] if _elements(value) <= most_elements)
+                marks[i] = over(mark.args[0], kept).mark
+                copy = FunctionType(
+                    function.__code__, function.__globals__, test, None, function.__closure__
+                )
+                functools.update_wrapper(copy, function, updated=())
+                copy.__kwdefaults__ = function.__kwdefaults__
+                copy.pytestmark = marks  # type: ignore[attr-defined]
+                setattr(suite, test, copy if kept else None)
+
+
+def _elements(value: Shape | Outliers) -> int:
+    return math.prod(value.shape if isinstance(value, Outliers) else value)
 
 
 def _along(vector: NDArray[Any], shape: Shape) -> NDArray[Any]:

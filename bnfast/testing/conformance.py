@@ -14,7 +14,7 @@ import pytest
 from bnfast import registry
 from bnfast.errors import BackendUnavailableError
 from bnfast.spec import Kernels
-from bnfast.testing import guard, reference, seeding
+from bnfast.testing import cases, guard, reference, seeding
 from bnfast.testing.contract import ContractTests
 from bnfast.testing.determinism import DeterminismTests
 from bnfast.testing.robustness import RobustnessTests
@@ -34,6 +34,9 @@ class KernelConformance(ContractTests, RobustnessTests, DeterminismTests):
     fma : bool
         Whether the kernels use fused multiply-add here. Without it float32 outputs get
         `bnfast.spec.Y_ULPS_FLOAT32_WITHOUT_FMA`.
+    most_elements : int or None
+        Of arrays. Tests on larger ones are left out of the class, for a backend that runs in an
+        emulator: about 1000 keep a case of nearly every test. None leaves out none.
     seed : int or None
         The seed of the random inputs; None draws a fresh one per run, which the report of a
         failed test prints.
@@ -46,7 +49,13 @@ class KernelConformance(ContractTests, RobustnessTests, DeterminismTests):
 
     backend: ClassVar[str | ModuleType]
     fma: bool = True
+    most_elements: ClassVar[int | None] = None
     seed: ClassVar[int | None] = None
+
+    def __init_subclass__(cls) -> None:
+        """Leave out what is larger than `most_elements`, where the class sets it."""
+        if "most_elements" in vars(cls) and cls.most_elements is not None:
+            cases.leave_out_larger(cls, cls.most_elements)
 
     @pytest.fixture
     def kernels(self, record_property: Callable[[str, object], None]) -> Kernels:

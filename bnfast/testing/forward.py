@@ -34,7 +34,7 @@ from bnfast.testing.guard import Outputs, Run
 from bnfast.testing.reference import rows, wide
 
 CONSTANT_SHAPES: tuple[Shape, ...] = ((3, 5, 49), (1, 5, 1), (9, 5, 8191), (147, 5), (70001, 5))
-RATIO_SHAPES: tuple[Shape, ...] = ((3, 8, 1025), (2051, 8))
+RATIO_SHAPES: tuple[Shape, ...] = ((3, 4, 61), (183, 4), (3, 8, 1025), (2051, 8))
 
 
 class ForwardTests:
