@@ -5,11 +5,11 @@ when it is first used.
 """
 
 from bnfast import functional
-from bnfast.channels import Moments
 from bnfast.config import show_config
 from bnfast.errors import BackendUnavailableError, UnknownBackendError
 from bnfast.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnfast.memory import empty_cache
+from bnfast.moments import Moments
 from bnfast.registry import (
     Backend,
     get_backend,
