@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, ClassVar, TypeAlias
 
@@ -14,8 +15,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from bnfast import channels, registry
 from bnfast.channels import FLOAT64
-from bnfast.checks import admit, check_both_running, check_eps, is_relu, is_same
+from bnfast.checks import admit, check_both_running, check_channels, check_eps, is_relu, is_same
+from bnfast.frozen import FrozenBatchNorm
 from bnfast.functional import backward_packed, normalize_packed, train_packed
+from bnfast.interop.converters import Converters
 from bnfast.spec import Channels
 from bnfast.state import NEUTRAL, State
 
@@ -28,11 +31,13 @@ _Saved: TypeAlias = tuple[
 batch (mean, m2, elements per channel), weight, eps, and whether there was a residual."""
 
 
-class _BatchNorm(State):
+class _BatchNorm(State, Converters):
     """The layer of every rank; `BatchNorm2d` documents it."""
 
     _ndims: ClassVar[tuple[int, ...]]
     training: bool
+    _watch: Callable[[NDArray[Any]], None] | None = None
+    """What is shown every input, while `bnfast.recalibrate` runs."""
 
     def __init__(
         self,
@@ -100,11 +105,9 @@ class _BatchNorm(State):
             For what `bnfast.functional.batch_norm` refuses. A refused call changes nothing.
         """
         x = admit(x, self._ndims)
-        if x.shape[1] != self.num_features:
-            raise ValueError(
-                f"running_mean should contain {x.shape[1]} elements not {self.num_features}: "
-                f"expected input with {self.num_features} channels on axis 1, got shape {x.shape}"
-            )
+        check_channels(x, self.num_features)
+        if self._watch is not None:
+            self._watch(x)
         relu = is_relu(self.activation)
         tracked = self.training and self.track_running_stats
         if tracked or not self.training:
@@ -208,6 +211,32 @@ class _BatchNorm(State):
     def eval(self) -> _BatchNorm:
         """Enter eval mode, and return the layer."""
         return self.train(False)
+
+    def freeze(self) -> FrozenBatchNorm:
+        """Return an immutable copy for inference, with the bits of this layer in eval mode.
+
+        Raises
+        ------
+        ValueError
+            If the layer has no running statistics, or a ``running_var`` with NaN.
+        """
+        weight, bias, mean, var = self._views
+        if mean is None or var is None:
+            raise ValueError(
+                f"{type(self).__name__} has no running statistics to freeze: "
+                "in eval mode it uses those of the batch"
+            )
+        return FrozenBatchNorm(
+            weight,
+            bias,
+            mean,
+            var,
+            self.eps,
+            dtype=self._table.dtype,
+            ndims=self._ndims,
+            activation=self.activation,
+            backend=self.backend,
+        )
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the counter to 0.

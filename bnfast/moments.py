@@ -26,7 +26,7 @@ from bnfast.spec import Channels
 class _Sums(NamedTuple):
     """The exact sums of some elements; arrays of shape (C,), of Python's integers or of floats."""
 
-    count: int
+    n: int
     unit: int
     sums: NDArray[np.object_]
     squares: NDArray[np.object_]
@@ -182,7 +182,7 @@ def _total(parts: Sequence[_Sums]) -> _Sums:
     unit = min(part.unit for part in parts)
     with np.errstate(invalid="ignore"):  # inf - inf is NaN
         return _Sums(
-            sum(part.count for part in parts),
+            sum(part.n for part in parts),
             unit,
             np.sum([part.sums << part.unit - unit for part in parts], axis=0),
             np.sum([part.squares << 2 * (part.unit - unit) for part in parts], axis=0),
@@ -193,7 +193,7 @@ def _total(parts: Sequence[_Sums]) -> _Sums:
 
 def _rounded(total: _Sums) -> Moments:
     """Return the moments that exact sums amount to."""
-    count, unit, sums = total.count, total.unit, total.sums
+    count, unit, sums = total.n, total.unit, total.sums
     deviations = count * total.squares - sums * sums  # count * m2, by Lagrange's identity
     merged = Moments(
         count,
