@@ -76,10 +76,11 @@ def recalibrate(
     watched = _checked(layers)
     saved = [(layer, layer._table.copy(), vars(layer).copy()) for layer in watched]
     seen: list[list[Moments]] = [[] for _ in watched]
-    calls = [0] * len(watched)
+    calls, elements = [0] * len(watched), [0] * len(watched)
 
     def watch(number: int, x: NDArray[Any]) -> None:
         calls[number] += 1
+        elements[number] += x.size
         if mode == "population":
             seen[number].append(_moments(x))
 
@@ -99,9 +100,12 @@ def recalibrate(
         for number, layer in enumerate(watched):
             if not calls[number]:
                 raise ValueError(f"layers[{number}], {layer!r}, was not called by the model")
+            if not elements[number]:
+                raise ValueError(f"layers[{number}] saw no elements: all its inputs were empty")
             rows = layer._table[2:].copy()
             if mode == "population":
-                rows = _population(seen[number], number)
+                whole = seen[number][0].merge(*seen[number][1:])
+                rows = np.array([whole.mean, whole.m2 / (whole.count - 1)])
             statistics.append((rows, calls[number]))
     finally:
         for layer, table, attributes in saved:
@@ -162,11 +166,3 @@ def _moments(x: NDArray[Any]) -> Moments:
     tail = np.zeros_like(part.mean)
     tail[large] = rest.reshape(-1, large.size).mean(axis=0)
     return moments.refined(part, tail)
-
-
-def _population(parts: list[Moments], number: int) -> NDArray[Any]:
-    """Return mean and unbiased variance of all parts, as rows."""
-    whole = parts[0].merge(*parts[1:])
-    if not whole.count:
-        raise ValueError(f"layers[{number}] saw no elements: all its inputs were empty")
-    return np.array([whole.mean, whole.m2 / (whole.count - 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,6 +13,11 @@ from bnfast.interop.arrays import as_numpy
 from bnfast.state import VECTORS, check_variance
 
 LayerT = TypeVar("LayerT")
+
+
+def weight_of_new(weight_of_old: float) -> float:
+    """Return 1 - momentum, in decimals: that of 0.9 is 0.1, and not 0.09999999999999998."""
+    return float(1 - Decimal(repr(float(weight_of_old))))
 
 
 def assemble(

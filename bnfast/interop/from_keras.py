@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bnfast.interop.assembling import LayerT, assemble
+from bnfast.interop.assembling import LayerT, assemble, weight_of_new
 
 _NAMES = {
     "weight": "gamma",
@@ -31,7 +31,7 @@ def convert(cls: type[LayerT], layer: Any, activation: str | None, backend: str 
         cls,
         vectors,
         eps=float(layer.epsilon),
-        momentum=1.0 - float(layer.momentum),
+        momentum=weight_of_new(layer.momentum),
         activation=activation,
         backend=backend,
     )

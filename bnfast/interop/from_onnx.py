@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast.interop.assembling import LayerT, assemble
+from bnfast.interop.assembling import LayerT, assemble, weight_of_new
 
 _INPUTS = ("X", "scale", "B", "input_mean", "input_var")
 _OWN = ("weight", "bias", "running_mean", "running_var")
@@ -59,7 +59,7 @@ def convert(
             for own, given in zip(_OWN, names[1:], strict=True)
         },
         eps=float(attributes["epsilon"].f) if "epsilon" in attributes else 1e-5,
-        momentum=1.0 - (float(attributes["momentum"].f) if "momentum" in attributes else 0.9),
+        momentum=weight_of_new(attributes["momentum"].f if "momentum" in attributes else 0.9),
         activation=activation,
         backend=backend,
     )
