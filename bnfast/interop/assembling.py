@@ -15,9 +15,9 @@ from bnfast.state import VECTORS, check_variance
 LayerT = TypeVar("LayerT")
 
 
-def weight_of_new(weight_of_old: float) -> float:
+def weight_of_new(weight_of_old: float | np.floating[Any]) -> float:
     """Return 1 - momentum, in decimals: that of 0.9 is 0.1, and not 0.09999999999999998."""
-    return float(1 - Decimal(repr(float(weight_of_old))))
+    return float(1 - Decimal(str(weight_of_old)))
 
 
 def assemble(

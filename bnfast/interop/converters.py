@@ -103,7 +103,7 @@ class Converters:
         -----
         ONNX's momentum is the weight of the old value, so the layer's is ``1 - momentum``. Its
         running variance is the average of biased ones and is taken as it is. ``training_mode`` is
-        ignored. Attributes are float32 numbers in ONNX, and used as they are stored.
+        ignored. An eps of 1e-5 is 9.99999975e-6 in ONNX, whose attributes are float32 numbers.
         """
         from bnfast.interop.from_onnx import convert
 

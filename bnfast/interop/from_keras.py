@@ -24,7 +24,7 @@ def convert(cls: type[LayerT], layer: Any, activation: str | None, backend: str 
             f"which has no {', '.join(missing)}"
         )
     # center=False and scale=False leave beta and gamma out.
-    vectors = {own: (name, getattr(layer, name, None)) for own, name in _NAMES.items()}
+    vectors = {own: (name, _value(getattr(layer, name, None))) for own, name in _NAMES.items()}
     if vectors["running_mean"][1] is None:
         raise ValueError(f"{kind} has no moving_mean yet: build it, or call it once")
     return assemble(
@@ -35,3 +35,9 @@ def convert(cls: type[LayerT], layer: Any, activation: str | None, backend: str 
         activation=activation,
         backend=backend,
     )
+
+
+def _value(variable: Any) -> Any:
+    """Return the array or tensor that a variable of Keras 3 wraps; anything else as it is."""
+    value = getattr(variable, "value", variable)
+    return variable if callable(value) else value

@@ -58,11 +58,16 @@ def convert(
             own: (given, _array(initializers[given], given))
             for own, given in zip(_OWN, names[1:], strict=True)
         },
-        eps=float(attributes["epsilon"].f) if "epsilon" in attributes else 1e-5,
-        momentum=weight_of_new(attributes["momentum"].f if "momentum" in attributes else 0.9),
+        eps=float(_number(attributes, "epsilon", 1e-5)),
+        momentum=weight_of_new(_number(attributes, "momentum", 0.9)),
         activation=activation,
         backend=backend,
     )
+
+
+def _number(attributes: Mapping[str, Any], name: str, default: float) -> np.float32:
+    """Return an attribute; ONNX's are float32 numbers, the defaults included."""
+    return np.float32(attributes[name].f if name in attributes else default)
 
 
 def _array(tensor: Any, name: str) -> Any:
