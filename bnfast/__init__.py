@@ -5,11 +5,14 @@ when it is first used.
 """
 
 from bnfast import functional
-from bnfast.channels import Moments
 from bnfast.config import show_config
 from bnfast.errors import BackendUnavailableError, UnknownBackendError
+from bnfast.frozen import FrozenBatchNorm
+from bnfast.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from bnfast.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnfast.memory import empty_cache
+from bnfast.moments import Moments
+from bnfast.recalibration import recalibrate
 from bnfast.registry import (
     Backend,
     get_backend,
@@ -26,13 +29,17 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FrozenBatchNorm",
     "Moments",
     "UnknownBackendError",
     "empty_cache",
     "functional",
+    "fuse_conv_bn_weights",
+    "fuse_linear_bn_weights",
     "get_backend",
     "get_num_threads",
     "list_backends",
+    "recalibrate",
     "register_backend",
     "set_backend",
     "set_num_threads",

@@ -1,4 +1,4 @@
-"""C-sized work, all in float64: packing parameters, merging moments, running statistics.
+"""C-sized work, all in float64: packing parameters, running statistics.
 
 Of 200 ns that an operation on 64 numbers takes, NumPy spends 20 on the numbers. So what is done at
 every call is done in few operations, on several vectors at once where they are rows of one array.
@@ -7,7 +7,6 @@ every call is done in few operations, on several vectors at once where they are 
 from __future__ import annotations
 
 from contextvars import Context
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
@@ -21,65 +20,6 @@ FLOAT64: Final = np.dtype(np.float64)
 # Where NumPy does not warn. Running a function in a copy of it costs 40 ns, errstate 650.
 _SILENT: Final = Context()
 _SILENT.run(np.seterr, all="ignore")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Moments:
-    """Count, mean and sum of squared deviations of each channel; two of them merge into one.
-
-    Attributes
-    ----------
-    count : int
-        Elements per channel.
-    mean : ndarray of float64, shape (C,)
-        Their mean.
-    m2 : ndarray of float64, shape (C,)
-        Their sum of squared deviations from ``mean``. The biased variance is ``m2 / count``, the
-        unbiased one ``m2 / (count - 1)``.
-
-    Examples
-    --------
-    >>> import bnfast.functional as F
-    >>> x = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
-    >>> whole, halves = F.moments(x), F.moments(x[:1]).merge(F.moments(x[1:]))
-    >>> whole.count, bool(np.allclose(whole.m2, halves.m2))
-    (12, True)
-    """
-
-    count: int
-    mean: Channels
-    m2: Channels
-
-    def merge(self, other: Moments) -> Moments:
-        """Return the moments of both sets of elements together.
-
-        Parameters
-        ----------
-        other : Moments
-            Moments of the same number of channels.
-
-        Raises
-        ------
-        ValueError
-            If the channel counts differ.
-
-        Notes
-        -----
-        The pairwise update of Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm
-        for computing sample variances", 1979.
-        """
-        if self.mean.shape != other.mean.shape:
-            raise ValueError(
-                f"cannot merge moments of {self.mean.size} channels with moments of "
-                f"{other.mean.size} channels"
-            )
-        if self.count == 0 or other.count == 0:
-            return other if self.count == 0 else self
-        count = self.count + other.count
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / count)
-        m2 = self.m2 + other.m2 + delta * delta * (self.count * (other.count / count))
-        return Moments(count, mean, m2)
 
 
 def refuse_mask(value: Any) -> None:

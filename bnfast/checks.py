@@ -47,6 +47,15 @@ def admit(x: Any, ndim: tuple[int, ...] | None, backend: str | None = None) -> N
     return array
 
 
+def check_channels(x: NDArray[Any], num_features: int) -> None:
+    """Raise ValueError unless an input of a layer has as many channels as the layer."""
+    if x.shape[1] != num_features:
+        raise ValueError(
+            f"running_mean should contain {x.shape[1]} elements not {num_features}: "
+            f"expected input with {num_features} channels on axis 1, got shape {x.shape}"
+        )
+
+
 def is_relu(activation: str | None) -> bool:
     """Return whether ``activation`` is "relu"; raise ValueError if it is unknown."""
     if activation is None:

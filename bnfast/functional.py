@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import channels, layout, registry, threads
-from bnfast.channels import Moments
 from bnfast.checks import (
     admit,
     check_apart,
@@ -27,6 +26,7 @@ from bnfast.checks import (
 )
 from bnfast.device import DeviceArray
 from bnfast.layout import Plan
+from bnfast.moments import Moments
 from bnfast.spec import Channels, DeviceKernels, Floats, Kernels
 
 __all__ = [

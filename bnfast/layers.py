@@ -1,31 +1,27 @@
-"""BatchNorm1d, 2d and 3d: parameters, running statistics, modes and state.
+"""BatchNorm1d, 2d and 3d: their arguments, modes, calls and gradients.
 
-One table per layer holds the four channel vectors as rows, so that a call packs them in one step::
-
-    row 0  weight        row 2  running_mean
-    row 1  bias          row 3  running_var
-
-The public attributes are views of these rows: written in place, they take effect at the next call.
-Assigning to one copies the values into its row.
+`bnfast.state` holds their numbers, `bnfast.interop` what makes one of a layer of another framework.
 """
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bnfast import channels, registry
 from bnfast.channels import FLOAT64
-from bnfast.checks import admit, check_both_running, check_eps, is_relu, is_same
+from bnfast.checks import admit, check_both_running, check_channels, check_eps, is_relu, is_same
 from bnfast.device import DeviceArray
+from bnfast.frozen import FrozenBatchNorm
 from bnfast.functional import backward_packed, normalize_packed, train_packed
+from bnfast.interop.converters import Converters
 from bnfast.spec import Channels
+from bnfast.state import NEUTRAL, State
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -35,45 +31,14 @@ _Saved: TypeAlias = tuple[
 """What a training forward leaves for `backward`: x, y where ReLU was fused, the moments of the
 batch (mean, m2, elements per channel), weight, eps, and whether there was a residual."""
 
-_VECTORS = ("weight", "bias", "running_mean", "running_var")
-_NEUTRAL = (1.0, 0.0, 0.0, 1.0)
 
-
-class IncompatibleKeys(NamedTuple):
-    """What `load_state_dict` did not find, and what it did not know."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-def _vector(row: int, text: str) -> property:
-    """Return a property that shows one row of the table, or None where the layer lacks it."""
-    name = _VECTORS[row]
-
-    def read(self: _BatchNorm) -> NDArray[Any] | None:
-        return self._views[row]
-
-    def assign(self: _BatchNorm, value: Any) -> None:
-        if value is not None:
-            array = channels.as_array(value, name)
-            channels.check_vector(array, self.num_features, name)
-        with np.errstate(over="ignore"):
-            self._table[row] = _NEUTRAL[row] if value is None else array
-        self._views[row] = None if value is None else self._table[row]
-
-    return property(read, assign, doc=text)
-
-
-class _BatchNorm:
+class _BatchNorm(State, Converters):
     """The layer of every rank; `BatchNorm2d` documents it."""
 
     _ndims: ClassVar[tuple[int, ...]]
     training: bool
-
-    weight = _vector(0, "Scale of each channel, shape (C,); None without `affine`.")
-    bias = _vector(1, "Shift of each channel, shape (C,); None without `affine` or `bias`.")
-    running_mean = _vector(2, "Running mean, shape (C,); None where it is not tracked.")
-    running_var = _vector(3, "Running unbiased variance, shape (C,); None where not tracked.")
+    _watch: Callable[[NDArray[Any]], None] | None = None
+    """What is shown every input, while `bnfast.recalibrate` runs."""
 
     def __init__(
         self,
@@ -115,16 +80,8 @@ class _BatchNorm:
         self._saved: _Saved | str = "there was no training forward yet"
         present = (affine, affine and bias, track_running_stats, track_running_stats)
         table = np.empty((4, num_features), dtype)
-        table[:] = np.array(_NEUTRAL)[:, None]
+        table[:] = np.array(NEUTRAL)[:, None]
         self._adopt(table, present)
-
-    def _adopt(self, table: NDArray[Any], present: tuple[bool, ...]) -> None:
-        """Take ``table`` as this layer's numbers, showing the rows that are ``present``."""
-        self._table = table
-        self._last_packed: tuple[bytes | None, tuple[Channels, ...]] = (None, ())
-        self._views: list[NDArray[Any] | None] = [
-            row if shown else None for row, shown in zip(table, present, strict=True)
-        ]
 
     def __call__(self, x: Any, residual: Any = None, out: Any = None) -> NDArray[Any]:
         """Normalise ``x``; in training mode, update the running statistics.
@@ -149,11 +106,9 @@ class _BatchNorm:
             For what `bnfast.functional.batch_norm` refuses. A refused call changes nothing.
         """
         x = admit(x, self._ndims, self.backend)
-        if x.shape[1] != self.num_features:
-            raise ValueError(
-                f"running_mean should contain {x.shape[1]} elements not {self.num_features}: "
-                f"expected input with {self.num_features} channels on axis 1, got shape {x.shape}"
-            )
+        check_channels(x, self.num_features)
+        if self._watch is not None:
+            self._watch(x)
         relu = is_relu(self.activation)
         tracked = self.training and self.track_running_stats
         if tracked or not self.training:
@@ -262,6 +217,32 @@ class _BatchNorm:
         """Enter eval mode, and return the layer."""
         return self.train(False)
 
+    def freeze(self) -> FrozenBatchNorm:
+        """Return an immutable copy for inference, with the bits of this layer in eval mode.
+
+        Raises
+        ------
+        ValueError
+            If the layer has no running statistics, or a ``running_var`` with NaN.
+        """
+        weight, bias, mean, var = self._views
+        if mean is None or var is None:
+            raise ValueError(
+                f"{type(self).__name__} has no running statistics to freeze: "
+                "in eval mode it uses those of the batch"
+            )
+        return FrozenBatchNorm(
+            weight,
+            bias,
+            mean,
+            var,
+            self.eps,
+            dtype=self._table.dtype,
+            ndims=self._ndims,
+            activation=self.activation,
+            backend=self.backend,
+        )
+
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the counter to 0.
 
@@ -270,7 +251,7 @@ class _BatchNorm:
         if not self.track_running_stats:
             return
         for row in (2, 3):
-            self._table[row] = _NEUTRAL[row]
+            self._table[row] = NEUTRAL[row]
         if self.num_batches_tracked is not None:
             self.num_batches_tracked = 0
 
@@ -278,91 +259,7 @@ class _BatchNorm:
         """Reset the running statistics, and set the weight to 1 and the bias to 0."""
         self.reset_running_stats()
         for row in (0, 1):
-            self._table[row] = _NEUTRAL[row]
-
-    def state_dict(self, prefix: str = "") -> dict[str, NDArray[Any]]:
-        """Return a copy of the layer's state under PyTorch's names, each preceded by ``prefix``.
-
-        ``num_batches_tracked`` is an int64 array of shape (). What the layer lacks has no key.
-        """
-        state: dict[str, NDArray[Any]] = {
-            prefix + name: view.copy()
-            for name, view in zip(_VECTORS, self._views, strict=True)
-            if view is not None
-        }
-        if self.num_batches_tracked is not None:
-            state[prefix + "num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
-        return state
-
-    def load_state_dict(
-        self, mapping: Mapping[str, Any], strict: bool = True, prefix: str = ""
-    ) -> IncompatibleKeys:
-        """Take the layer's state from a mapping of names to arrays.
-
-        Parameters
-        ----------
-        mapping : mapping
-            What `state_dict` returns, ``numpy.load`` of an ``.npz``, or safetensors' ``load_file``.
-        strict : bool
-            Whether a missing or an unexpected key is an error. A missing counter is not: old
-            files lack it.
-        prefix : str
-            What precedes the names; keys without it are ignored.
-
-        Returns
-        -------
-        IncompatibleKeys
-            ``missing_keys`` and ``unexpected_keys``.
-
-        Raises
-        ------
-        ValueError
-            For missing or unexpected keys, and for shapes that do not fit. Nothing is loaded then.
-        TypeError
-            For values that are not real numbers.
-        """
-        own = self.state_dict(prefix)
-        counter = prefix + "num_batches_tracked"
-        missing = [key for key in own if key not in mapping and key != counter]
-        unexpected = [key for key in mapping if key.startswith(prefix) and key not in own]
-        if strict and (missing or unexpected):
-            parts = [f"missing keys {missing}"] * bool(missing)
-            parts += [f"unexpected keys {unexpected}"] * bool(unexpected)
-            raise ValueError(
-                f"cannot load the state of {type(self).__name__}: {', '.join(parts)}; "
-                f"expected {list(own)}"
-            )
-        found = {key: channels.as_array(mapping[key], key) for key in own if key in mapping}
-        count = None
-        if counter in found:
-            count = _as_counter(found.pop(counter), counter)
-        for key, array in found.items():
-            channels.check_vector(array, self.num_features, key)
-        table = self._table.copy()
-        with np.errstate(over="ignore"):
-            for key, array in found.items():
-                table[_VECTORS.index(key.removeprefix(prefix))] = array
-        self._table[:] = table
-        if count is not None:
-            self.num_batches_tracked = count
-        return IncompatibleKeys(missing, unexpected)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and copy keep: everything but what the last forward saved."""
-        state = self.__dict__.copy()
-        del state["_last_packed"]
-        state["_views"] = tuple(view is not None for view in self._views)
-        state["_saved"] = "the layer was copied after its last forward"
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a layer; its public vectors are views of its own table again."""
-        present = state.pop("_views")
-        self.__dict__.update(state)
-        table = np.array(state["_table"])
-        if table.shape != (4, self.num_features) or table.dtype.char not in "fd":
-            raise ValueError(f"not the state of a layer with {self.num_features} features")
-        self._adopt(table, present)
+            self._table[row] = NEUTRAL[row]
 
     def __repr__(self) -> str:
         """Return the constructor call, as PyTorch prints it, and what differs from its defaults."""
@@ -388,14 +285,6 @@ def _accumulated(
     """Return ``total + gradient`` in ``dtype``."""
     added: NDArray[Any] = (gradient if total is None else total + gradient).astype(dtype)
     return added
-
-
-def _as_counter(value: NDArray[Any], key: str) -> int:
-    """Return a counter as an int, or raise ValueError."""
-    number = value.item() if value.size == 1 and value.dtype.kind in "iuf" else -1
-    if not (number >= 0 and number < math.inf and number == int(number)):
-        raise ValueError(f"{key} should be one non-negative integer, got {value!r}")
-    return int(number)
 
 
 class BatchNorm1d(_BatchNorm):

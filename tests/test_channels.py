@@ -1,78 +1,13 @@
-"""C-sized work: packing, merging moments, moving running statistics."""
+"""C-sized work: packing, moving running statistics."""
 
 from __future__ import annotations
 
-from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import bnfast.functional as F
-from bnfast import Moments, channels
-
-
-def exact(rows):
-    """Return the moments of rows of float64 by rational arithmetic."""
-    mean = [sum(map(Fraction, row), Fraction()) / len(row) for row in rows]
-    m2 = [
-        sum(((Fraction(value) - centre) ** 2 for value in row), Fraction())
-        for row, centre in zip(rows, mean, strict=True)
-    ]
-    return np.array([float(v) for v in mean]), np.array([float(v) for v in m2])
-
-
-@pytest.mark.parametrize("ratio", [1.0, 1e3, 1e6])
-@pytest.mark.parametrize("cuts", [[1], [5], [20, 21], [7, 14, 30]])
-def test_merged_parts_are_the_whole(rng, ratio, cuts):
-    rows = rng.normal(ratio, 1.0, (3, 41))
-    mean, m2 = exact(rows)
-    parts = [F.moments(part.T) for part in np.split(rows, cuts, axis=1)]
-    merged = parts[0]
-    for part in parts[1:]:
-        merged = merged.merge(part)
-    assert merged.count == 41
-    assert type(merged.count) is int
-    # Each merge rounds the mean a few times, and m2 takes the difference of two rounded means.
-    unit = 2.0**-53
-    assert (np.abs(merged.mean - mean) <= 8 * unit * np.abs(mean)).all()
-    assert (np.abs(merged.m2 - m2) <= 64 * unit * (m2 + np.sqrt(41 * m2) * np.abs(mean))).all()
-
-
-def test_merging_is_symmetric_and_has_a_neutral_element(rng):
-    a, b = F.moments(rng.normal(size=(5, 3))), F.moments(rng.normal(size=(9, 3)))
-    nothing = F.moments(np.empty((0, 3)))
-    assert nothing.count == 0
-    assert a.merge(nothing) is a
-    assert nothing.merge(a) is a
-    one, other = a.merge(b), b.merge(a)
-    # The mean of such numbers may be close to 0; they themselves are of the order of 1.
-    np.testing.assert_allclose(one.mean, other.mean, rtol=0, atol=1e-15)
-    np.testing.assert_allclose(one.m2, other.m2, rtol=1e-14)
-
-
-def test_merging_leaves_both_parts_alone(rng):
-    a, b = F.moments(rng.normal(size=(5, 3))), F.moments(rng.normal(size=(9, 3)))
-    before = [vector.copy() for vector in (a.mean, a.m2, b.mean, b.m2)]
-    a.merge(b)
-    for vector, copy in zip((a.mean, a.m2, b.mean, b.m2), before, strict=True):
-        np.testing.assert_array_equal(vector, copy)
-
-
-def test_merging_other_channels():
-    a, b = F.moments(np.ones((2, 3))), F.moments(np.ones((2, 4)))
-    with pytest.raises(
-        ValueError, match=r"^cannot merge moments of 3 channels with moments of 4 channels$"
-    ):
-        a.merge(b)
-
-
-def test_counts_beyond_32_bits():
-    """Two halves of 2^33 numbers each, at -1 and 1: mean 0, variance 1."""
-    half = 2**33
-    parts = [Moments(half, np.array([value]), np.zeros(1)) for value in (-1.0, 1.0)]
-    merged = parts[0].merge(parts[1])
-    assert (merged.count, merged.mean[0], merged.m2[0]) == (2**34, 0.0, 2.0**34)
+from bnfast import channels
 
 
 def test_pack():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,6 +229,36 @@ STATES = {
         TypeError,
         "running_var should hold real numbers, got dtype object",
     ),
+    "nan": (
+        {"running_var": np.array([1.0, np.nan, 1.0])},
+        ValueError,
+        "running_var should hold numbers, got NaN in 1 of 3 channels, first in channel 1",
+    ),
+    "nan_float16": (
+        {"running_var": np.array([np.nan, np.nan, 1.0], np.float16)},
+        ValueError,
+        "running_var should hold numbers, got NaN in 2 of 3 channels, first in channel 0",
+    ),
+    "wrong_model": (
+        {name: np.ones(64) for name in ("weight", "bias", "running_mean", "running_var")},
+        ValueError,
+        "weight should contain 3 elements not 64: expected shape (3,), got (64,)",
+    ),
+    "bool": (
+        {"running_mean": np.ones(3, bool)},
+        TypeError,
+        "running_mean should hold real numbers, got dtype bool",
+    ),
+    "complex": (
+        {"running_mean": np.ones(3, complex)},
+        TypeError,
+        "running_mean should hold real numbers, got dtype complex128",
+    ),
+    "tensor_that_cannot_be_read": (
+        {"bias": SimpleNamespace(detach=lambda: [][0])},
+        TypeError,
+        "bias should hold real numbers, got SimpleNamespace: list index out of range",
+    ),
     **{
         f"counter_{name}": (
             {"num_batches_tracked": value},
@@ -260,6 +291,17 @@ def test_load_state_dict(rng, scene, case):
         expect(scene, call, error, message)
 
 
+@pytest.mark.parametrize("state", [[1, 2], "weight", None, np.ones(3)])
+def test_load_state_dict_from_no_mapping(scene, state):
+    expect(
+        scene,
+        lambda: scene.layer.load_state_dict(state),
+        TypeError,
+        "cannot load the state of BatchNorm2d: expected a mapping of names to arrays, got "
+        + type(state).__name__,
+    )
+
+
 def test_load_state_dict_from_a_file_with_objects(scene, tmp_path):
     """NumPy refuses to unpickle, and nothing is loaded, though other keys come first."""
     state = scene.layer.state_dict() | {"running_var": np.array([None] * 3)}
@@ -285,3 +327,18 @@ def test_prefix_in_messages(scene):
         "cannot load the state of BatchNorm2d: missing keys ['bn.bias', 'bn.running_mean', "
         f"'bn.running_var'], unexpected keys ['bn.extra']; expected {own}",
     )
+
+
+def test_prefix_in_messages_about_values(rng, scene):
+    state = scene.layer.state_dict("bn.")
+    for name, bad, error, message in (
+        ("bn.bias", np.ones(2), ValueError, "bn.bias should contain 3 elements not 2: expected"),
+        ("bn.running_var", np.full(3, np.nan), ValueError, "bn.running_var should hold numbers"),
+        ("bn.weight", np.ones(3, bool), TypeError, "bn.weight should hold real numbers, got"),
+    ):
+        expect(
+            scene,
+            lambda changed=state | {name: bad}: scene.layer.load_state_dict(changed, prefix="bn."),
+            error,
+            re.compile("^" + re.escape(message)),
+        )

@@ -1,7 +1,8 @@
 """What the documentation shows is so: its code runs, and its links lead somewhere.
 
 Code is every block fenced as ``python`` in the README and on the pages, one namespace per page, and
-every example in a docstring. A block with prompts is a doctest; any other just has to run.
+every example in a docstring. A block with prompts is a doctest; any other just has to run. A page
+may name packages that its code needs, as ``<!-- needs: torch -->``: without them it is skipped.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ TEXTS = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))
 }
+NEEDS = re.compile(r"^<!-- needs: (.*) -->$", re.MULTILINE)
 FENCED = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
 
@@ -46,6 +48,9 @@ def as_after_import() -> Iterator[None]:
 def test_code_on_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # an example may write a file
     text = TEXTS[page]
+    for needed in NEEDS.findall(text):
+        for package in needed.split(", "):
+            pytest.importorskip(package, reason=f"{page} needs {package}")
     names: dict[str, object] = {"__name__": page}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for block in FENCED.finditer(text):

@@ -113,6 +113,15 @@ def test_public_api_is_typed_for_its_users(mypy):
         gradients = F.batch_norm_backward(y, x, None, mean, invstd, training=True)
         dweight: np.ndarray = gradients.dweight
         count: int = F.moments(x).merge(F.moments(x)).count
+        moments: bnfast.Moments = F.moments(x).merge(F.moments(x), F.moments(x))
+        volume: bnfast.BatchNorm3d = bnfast.BatchNorm3d.from_torch(object(), activation="relu")
+        line: bnfast.BatchNorm1d = bnfast.BatchNorm1d.from_keras(object(), backend="numpy")
+        plane: bnfast.BatchNorm2d = bnfast.BatchNorm2d.from_onnx(object(), {})
+        frozen: bnfast.FrozenBatchNorm = layer.freeze()
+        y = frozen.eval()(x, residual=x, out=np.empty_like(x))
+        w, b = bnfast.fuse_conv_bn_weights(x, None, x, x, 1e-5, None, None, transpose=True)
+        w, b = bnfast.fuse_linear_bn_weights(x, b, x, x, 1e-5, x, x)
+        bnfast.recalibrate(layer, [layer, line, volume], [x], mode="torch", progress=False)
         with bnfast.use_backend("numpy"), bnfast.use_num_threads(1):
             name: str = bnfast.get_backend()
         """,

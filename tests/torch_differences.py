@@ -46,6 +46,13 @@ def gradient_of_other_dtype_in_bnfast():
     layer.backward(layer(ONES).astype(np.float64))
 
 
+def broken_state(library):
+    """Return the state of a layer that has seen NaN."""
+    layer = library.BatchNorm2d(3)
+    layer.running_var[1] = np.nan
+    return layer.state_dict()
+
+
 def late_tracking(layer):
     layer.track_running_stats = True
     layer.reset_running_stats()
@@ -125,6 +132,13 @@ DIFFERENCES = {
         True,
         lambda: F.batch_norm(np.ones(0, np.float32), np.ones(0), np.ones(0)),
         lambda: torch.nn.functional.batch_norm(torch.ones(0), torch.ones(0), torch.ones(0)),
+    ),
+    "NaN in running_var": Difference(
+        "a state that makes a channel NaN for good is refused, not loaded",
+        False,
+        True,
+        lambda: bnfast.BatchNorm2d(3).load_state_dict(broken_state(bnfast)),
+        lambda: torch.nn.BatchNorm2d(3).load_state_dict(broken_state(torch.nn)),
     ),
     "mode": Difference(
         "train() takes what counts as true",

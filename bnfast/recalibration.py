@@ -1,0 +1,169 @@
+"""Running statistics measured anew: those of all the data, instead of a moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfast import functional, moments
+from bnfast.device import DeviceArray
+from bnfast.layers import _BatchNorm
+from bnfast.moments import Moments
+
+_MODES = ("population", "torch")
+
+
+def recalibrate(
+    model: Callable[[Any], object],
+    layers: Iterable[_BatchNorm],
+    batches: Iterable[Any],
+    mode: str = "population",
+    progress: bool = True,
+) -> None:
+    """Run a model over batches of data, and take over the statistics that its layers see.
+
+    During the run the layers are in training mode: each normalises with the statistics of its
+    batch, and so each sees what it would see in training.
+
+    Parameters
+    ----------
+    model : callable
+        Called as ``model(batch)``; its result is not used.
+    layers : iterable of BatchNorm1d, BatchNorm2d or BatchNorm3d
+        The layers that the model calls and that are to be recalibrated.
+    batches : iterable
+        The data. Of a batch that is a tuple or a list, such as inputs with their labels, the model
+        gets the first element.
+    mode : {"population", "torch"}
+        "population": ``running_mean`` and ``running_var`` become mean and unbiased variance of all
+        the elements that the layer saw, as if they were one array. "torch": they become the
+        averages of the batches' means and unbiased variances, each batch of the same weight, as
+        ``torch.optim.swa_utils.update_bn`` does it.
+    progress : bool
+        Whether to show a progress bar, where tqdm is installed.
+
+    Raises
+    ------
+    ValueError
+        For an unknown mode, no layers, a layer without running statistics, no batches, and a layer
+        that the model did not call or that saw no elements.
+    TypeError
+        For layers that are not batch-norm layers of this package.
+
+    Notes
+    -----
+    After an error, or an interrupt, the layers are what they were. Otherwise
+    ``num_batches_tracked`` is the number of calls of the layer during the run. Modes, momentum,
+    parameters, gradients, and what `backward` belongs to are left alone.
+
+    The average of the batches' variances is not the variance of the data: it lacks the variance
+    between the batches' means. Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
+
+    Examples
+    --------
+    >>> bn = bnfast.BatchNorm1d(2, dtype=np.float64)
+    >>> data = np.random.default_rng(0).normal(3, 2, (100, 2))
+    >>> bnfast.recalibrate(bn, [bn], np.split(data, [10, 40]), progress=False)
+    >>> np.allclose(bn.running_mean, data.mean(axis=0), rtol=1e-12)
+    True
+    >>> np.allclose(bn.running_var, data.var(axis=0, ddof=1), rtol=1e-12)
+    True
+    """
+    if mode not in _MODES:
+        raise ValueError(f"unknown mode {mode!r}: expected one of {', '.join(_MODES)}")
+    watched = _checked(layers)
+    saved = [(layer, layer._table.copy(), vars(layer).copy()) for layer in watched]
+    seen: list[list[Moments]] = [[] for _ in watched]
+    calls, elements = [0] * len(watched), [0] * len(watched)
+
+    def watch(number: int, x: NDArray[Any]) -> None:
+        calls[number] += 1
+        elements[number] += x.size
+        if mode == "population":
+            seen[number].append(_moments(x))
+
+    statistics: list[tuple[NDArray[Any], int]] = []
+    try:
+        for number, layer in enumerate(watched):
+            layer._watch = lambda x, number=number: watch(number, x)
+            layer.reset_running_stats()
+            layer.momentum = None
+            layer.train()
+        number_of_batches = 0
+        for batch in _shown(batches, progress):
+            model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            number_of_batches += 1
+        if not number_of_batches:
+            raise ValueError("no batches to recalibrate with")
+        for number, layer in enumerate(watched):
+            if not calls[number]:
+                raise ValueError(f"layers[{number}], {layer!r}, was not called by the model")
+            if not elements[number]:
+                raise ValueError(f"layers[{number}] saw no elements: all its inputs were empty")
+            rows = layer._table[2:].copy()
+            if mode == "population":
+                whole = seen[number][0].merge(*seen[number][1:])
+                rows = np.array([whole.mean, whole.m2 / (whole.count - 1)])
+            statistics.append((rows, calls[number]))
+    finally:
+        for layer, table, attributes in saved:
+            layer._table[:] = table
+            del layer._watch
+            vars(layer).update(attributes)
+    with np.errstate(over="ignore"):
+        for layer, (rows, count) in zip(watched, statistics, strict=True):
+            layer._table[2:] = rows
+            layer.num_batches_tracked = count
+
+
+def _checked(layers: Iterable[_BatchNorm]) -> list[_BatchNorm]:
+    """Return the layers, each once; raise unless all of them can be recalibrated."""
+    if isinstance(layers, _BatchNorm):
+        raise TypeError(f"layers should be a list of layers, got one: [{layers!r}]")
+    watched = list({id(layer): layer for layer in layers}.values())
+    if not watched:
+        raise ValueError("no layers to recalibrate")
+    for number, layer in enumerate(watched):
+        if not isinstance(layer, _BatchNorm):
+            raise TypeError(
+                f"layers[{number}] should be a BatchNorm1d, BatchNorm2d or BatchNorm3d, "
+                f"got {type(layer).__name__}"
+            )
+        if not layer.track_running_stats or (
+            layer.running_mean is None or layer.running_var is None
+        ):
+            raise ValueError(f"layers[{number}], {layer!r}, keeps no running statistics")
+    return watched
+
+
+def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    """Return the batches, behind a progress bar if that is wanted and tqdm is installed."""
+    if not progress:
+        return batches
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return batches
+    bar: Iterable[Any] = tqdm(batches, desc="recalibrate", unit="batch")
+    return bar
+
+
+def _moments(x: NDArray[Any]) -> Moments:
+    """Return the moments of an input, with a mean that is known to more digits than float64 has.
+
+    Where means of batches differ, an error of theirs goes into the variance of the whole,
+    multiplied by their difference. At a mean of 1e6 deviations the rounding of float64 alone is
+    1e-10 deviations. So the mean of what remains after subtracting it is computed as well, for the
+    channels where the mean is large: there, the difference is exact.
+    """
+    part = functional.moments(x.array if isinstance(x, DeviceArray) else x)
+    large = np.flatnonzero(part.count * part.mean**2 > 2**16 * part.m2)
+    if not large.size or not isinstance(x, np.ndarray):
+        return part
+    rest = np.moveaxis(x, 1, -1)[..., large].astype(np.float64) - part.mean[large]
+    tail = np.zeros_like(part.mean)
+    tail[large] = rest.reshape(-1, large.size).mean(axis=0)
+    return moments.refined(part, tail)
