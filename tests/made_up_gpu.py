@@ -85,6 +85,16 @@ class Cupy(Array):
         return Cupy(self.memory.transpose(axes), self.gpu, self.number)
 
 
+class HostTensor:
+    """What torch makes of a tensor that is brought to the host."""
+
+    def __init__(self, array):
+        self.array, self.dtype = array, array.dtype
+
+    def numpy(self):
+        return self.array
+
+
 class Torch(Array):
     """A tensor as torch makes them: its interface names no stream, and gradients are recorded."""
 
@@ -111,6 +121,9 @@ class Torch(Array):
 
     def detach(self):
         return Torch(self.memory, self.gpu, self.number)
+
+    def cpu(self):
+        return HostTensor(self.memory.copy())
 
     def permute(self, axes):
         return Torch(self.memory.transpose(axes), self.gpu, self.number)

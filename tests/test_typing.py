@@ -131,5 +131,6 @@ def test_public_api_is_typed_for_its_users(mypy):
 
 def test_the_stub_of_the_compiled_module_matches_it():
     pytest.importorskip("bnfast.backends.cython_openmp", reason="the extension is not built")
-    status, messages = run("mypy.stubtest", "bnfast.backends.cython_openmp", cwd=SOURCES)
+    settings = ("--mypy-config-file", str(SOURCES / "pyproject.toml"))
+    status, messages = run("mypy.stubtest", "bnfast.backends.cython_openmp", *settings, cwd=SOURCES)
     assert status == 0, messages

@@ -23,8 +23,11 @@ def as_numpy(value: Any, name: str) -> NDArray[Any]:
     """
     if isinstance(value, np.ndarray):
         return channels.as_array(value, name)
+    is_tensor = hasattr(value, "detach")
+    if not is_tensor:
+        channels.refuse_device(value, name)
     try:
-        if hasattr(value, "detach"):
+        if is_tensor:
             value = value.detach().cpu()
             if "bfloat16" in str(value.dtype):
                 value = value.float()
