@@ -291,6 +291,8 @@ def absent(name: str) -> str | None:
     """Return None, or why this contender cannot run here."""
     contender = CONTENDERS[name]
     if contender.backend is not None:
-        return bnfast.list_backends()[contender.backend].reason
+        reason = bnfast.list_backends()[contender.backend].reason
+        simulated = reason is None and contender.instruction_set() == "simulator"
+        return "a simulator has no speed" if simulated else reason
     missing = [package for package in contender.packages if not importlib.util.find_spec(package)]
     return f"{' and '.join(missing)} not installed" if missing else None
