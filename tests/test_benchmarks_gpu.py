@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 import report
 from cases import GPU_SUITES, LARGE, RESNET50, SHAPES, Case, Problem, cases
 from saved import Run
-from test_benchmarks_report import saved_run
+from test_benchmarks_report import ROOT, saved_run
 
 
 def test_there_are_no_rows_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,3 +121,29 @@ def test_goals_on_a_gpu(tmp_path: Path) -> None:
     assert "## Training, NCHW, float32, on a GPU: ResNet-50, batch 32" in page
     assert "no rows for" not in page
     assert next(goals.tables(Run([file]))) == "| goal | target | cuda out= | cuda |"
+
+
+def run_script(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
+    """Run ``benchmarks/gpu.sh`` as it goes without a GPU."""
+    return subprocess.run(
+        [ROOT / "benchmarks/gpu.sh", folder],
+        env=os.environ | {"BNFAST_GPU_DRY_RUN": "1", "PYTHON": python},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_script_without_a_gpu(tmp_path: Path) -> None:
+    finished = run_script(tmp_path, sys.executable)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "conformance ran on: cuda" in (tmp_path / "conformance.log").read_text()
+    *_, caveat, verdict = finished.stdout.splitlines()
+    assert (caveat, verdict) == ("dry run: nothing was measured", "all green")
+
+
+def test_the_script_fails_where_a_step_fails(tmp_path: Path) -> None:
+    finished = run_script(tmp_path, "false")
+    assert finished.returncode == 1
+    for step in ("report", "conformance", "benchmarks"):
+        assert f"FAILED: {step}: exit status 1" in finished.stdout
+    assert "all green" not in finished.stdout
