@@ -72,11 +72,11 @@ if [ "$dry" = 1 ]; then
     echo "dry run: no compute-sanitizer"
 else
     require report '^cuda +yes: compute capability'
-    tests conformance 165 --require-backend cuda \
+    tests conformance 105 --require-backend cuda \
         tests/test_cuda.py tests/test_cuda_arrays.py tests/test_cuda_failures.py
-    sanitized memcheck 45 "3x2x1025 or 2x67x15 or 67x257 or 1025x16"
+    sanitized memcheck 60 "3x2x1025 or 2x67x15 or 67x257 or 1025x16"
     require memcheck 'ERROR SUMMARY: 0 errors'
-    sanitized racecheck 45 "2x67x15 or 1025x16"
+    sanitized racecheck 60 "2x67x15 or 1025x16"
     require racecheck 'RACECHECK SUMMARY: 0 hazards'
 fi
 require conformance '^conformance ran on: cuda [0-9]+ tests'
@@ -88,7 +88,7 @@ if [ "$dry" = 1 ]; then
         benchmarks/test_operations.py benchmarks/test_choice.py -k "gpu or choose_in_context"
     require benchmarks '^benchmarks without a GPU: a simulator has no speed'
 else
-    tests benchmarks 200 benchmarks/test_operations.py -k "$rows" \
+    tests benchmarks 230 benchmarks/test_operations.py -k "$rows" \
         --benchmark-min-rounds=3 --benchmark-json="$folder/gpu.json"
     require benchmarks '^[0-9]+ passed'
     printf '\n==== measured\n'
@@ -97,7 +97,8 @@ else
     else
         fail "measured: no report"
     fi
-    grep -q "^| inference NCHW, limit / time" "$folder/gpu.md" || fail "measured: no goals"
+    grep -q '^| goal ' "$folder/gpu.md" || fail "measured: no goals"
+    ! grep '^Goals that this run has no rows for' "$folder/gpu.md" || fail "measured: goals without a figure"
 fi
 
 printf '\n==== %s seconds\n' "$SECONDS"
