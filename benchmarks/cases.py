@@ -9,6 +9,9 @@ Suites
                    both layouts and dtypes
     ``sizes``      the same planes, more and more of them: 2^22 to 2^27 elements
     ``channels``   the same bytes in 1, 3 and 64 channels, all in the same turns
+    ``gpu``        the eight shapes again, on a GPU, as are the next (see `gpu.py`)
+    ``gpu-resnet50``   every batch norm of ResNet-50 at batch 32, once
+    ``gpu-large``  what no cache of a GPU holds
 """
 
 from __future__ import annotations
@@ -39,6 +42,18 @@ SHAPES: tuple[Shape, ...] = (
 )
 SIZES: tuple[Shape, ...] = tuple((2**power // 2**18, 64, 64, 64) for power in range(22, 28))
 CHANNELS: tuple[Shape, ...] = ((64, 1, 512, 384), (64, 3, 256, 256), (64, 64, 48, 64))
+RESNET50: tuple[Shape, ...] = tuple(
+    (32, channels, size, size)
+    for size, all_channels in {
+        112: (64,),
+        56: (64, 128, 256),
+        28: (128, 256, 512),
+        14: (256, 512, 1024),
+        7: (512, 2048),
+    }.items()
+    for channels in all_channels
+)
+LARGE: tuple[Shape, ...] = ((64, 256, 56, 56), (128, 64, 112, 112))
 UNTIMED: tuple[Shape, ...] = ((1, 64, 8, 8), (2, 48, 28, 28))
 """What a run that does not time checks everyone on: a call on one thread, and one on several."""
 
@@ -48,6 +63,12 @@ DTYPES = ("float32", "float64")
 
 TOUCHED = {"inference": 2, "training": 2, "backward": 3}
 """How many arrays an operation has to move at least: each input read and each output written."""
+
+GPU_SUITES = ("gpu", "gpu-resnet50", "gpu-large")
+
+GPU_PASSES = {"inference": 2, "training": 3, "backward": 5}
+"""How many arrays an operation on a GPU has to move, whose caches do not hold what is read twice:
+training reads x twice, backward x and dy."""
 
 CHECKED = 2**21
 """Elements that a check looks at, about: all of a small array, some channels of a large one."""
@@ -75,23 +96,35 @@ class Case(NamedTuple):
         return "-".join(self[:4]) if self.suite == "channels" else str(self)
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the arrays are on a GPU."""
+        return self.suite in GPU_SUITES
+
+    @property
     def elements(self) -> int:
         """The number of elements of x."""
         return int(np.prod(self.shape))
 
     @property
     def bytes(self) -> int:
-        """The traffic that no implementation can avoid: read once, written once."""
-        return TOUCHED[self.operation] * self.elements * np.dtype(self.dtype).itemsize
+        """The traffic that no implementation can avoid."""
+        passes = GPU_PASSES if self.on_gpu else TOUCHED
+        return passes[self.operation] * self.elements * np.dtype(self.dtype).itemsize
 
 
 def cases(operation: str, timed: bool) -> Iterator[Case]:
     """Yield the cases of an operation."""
-    for dtype in DTYPES:
-        for layout in LAYOUTS:
-            for shape in SHAPES if timed else UNTIMED:
-                yield Case("shapes", operation, layout, dtype, shape)
+    for suite in ("shapes", "gpu"):
+        for dtype in DTYPES:
+            for layout in LAYOUTS:
+                for shape in SHAPES if timed else UNTIMED:
+                    yield Case(suite, operation, layout, dtype, shape)
     if timed:
+        for layout in LAYOUTS:
+            for shape in RESNET50:
+                yield Case("gpu-resnet50", operation, layout, "float32", shape)
+            for shape in LARGE:
+                yield Case("gpu-large", operation, layout, "float32", shape)
         for shape in SIZES:
             yield Case("sizes", operation, "NCHW", "float32", shape)
         if operation == "inference":
@@ -174,10 +207,15 @@ class Problem:
         tolerance = (8 + terms**0.5) * np.finfo(self.case.dtype).eps
         for actual, exact in zip(results, self.solution, strict=True):
             if exact.ndim == 4:
-                scale, actual = np.abs(exact).max(), np.asarray(actual)[:, self.checked]
+                scale, actual = np.abs(exact).max(), on_host(actual)[:, self.checked]
             else:  # a sum over the batch, of terms of size 1
-                scale, actual = terms, np.asarray(actual)[self.checked]
+                scale, actual = terms, on_host(actual)[self.checked]
             np.testing.assert_allclose(actual, exact, rtol=0, atol=tolerance * scale)
+
+
+def on_host(array: Any) -> NDArray[Any]:
+    """Return an array as one of NumPy; a tensor may be anywhere."""
+    return np.asarray(array.cpu() if hasattr(array, "cpu") else array)
 
 
 def wide(vector: NDArray[Any]) -> NDArray[np.float64]:

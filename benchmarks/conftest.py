@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu
 import pytest
 from cases import Case, cases
 from contenders import CONTENDERS, absent
@@ -48,6 +49,8 @@ def pytest_report_header(config: pytest.Config) -> Iterator[str]:
     for name in CONTENDERS:
         if reason := absent(name):
             yield f"benchmarks without {name}: {reason}"
+    if reason := gpu.absent():
+        yield f"benchmarks without a GPU: {reason}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -57,8 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         rows = [
             pytest.param(case, name, id=f"{case}-{_short(name)}")
             for case in cases(operation, is_timed(metafunc.config))
-            for name, contender in CONTENDERS.items()
-            if contender.takes(case) and not absent(name)
+            for name in gpu.present(case)
         ]
         metafunc.parametrize(("case", "contender"), rows)
 

@@ -13,20 +13,21 @@ same layout, uses the same number of threads, and allocates the result, unless i
                     output
     OpenVINO        the same model; it keeps its output in a buffer of its own, which is an ``out=``
     limit           see `limit.py`
+
+Who is compared on a GPU is in `gpu.py`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import limit
 import numpy as np
 from cases import AXES, EPS, LAYOUTS, OPERATIONS, Case, Problem
-from limit import Move
 from measuring import Call
 from numpy.typing import NDArray
 
@@ -34,10 +35,20 @@ import bnfast
 import bnfast.functional as F
 
 
+class Variant(Protocol):
+    """One of several ways to do the same, which knows how it is checked."""
+
+    def __call__(self) -> Any:
+        """Do it."""
+
+    def check(self) -> None:
+        """Raise AssertionError unless it is done."""
+
+
 class Contender(NamedTuple):
     """A row of the comparison."""
 
-    make: Callable[..., Call | dict[str, Move]]
+    make: Callable[..., Call | Mapping[str, Variant]]
     packages: tuple[str, ...]
     instruction_set: Callable[[], str]
     threads: Callable[[], int] = bnfast.get_num_threads

@@ -1,8 +1,10 @@
 """What bnfast aims at, as ratios of one run, and whether the run met it.
 
-A line has one target and up to four figures: both CPU backends, with and without ``out=``. *Body*
-is every shape but the smallest, whose time is not spent on memory; *big* is every shape whose x is
-of more than 50 MB. Times are compared round by round (`saved.Run.ratio`).
+A line has one target and a figure for each backend, with and without ``out=``. *Body* is every
+shape but the smallest, whose time is not spent on memory; *big* is every shape whose x is of more
+than 50 MB. Times are compared round by round (`saved.Run.ratio`).
+
+The goals on a GPU are a table of their own, where *large* is every x of 100 MB and more.
 """
 
 from __future__ import annotations
@@ -12,17 +14,26 @@ from statistics import geometric_mean
 from typing import NamedTuple
 
 import numpy as np
-from cases import CHANNELS, LAYOUTS, OPERATIONS, SHAPES, SIZES, Case, Shape
+from cases import CHANNELS, LARGE, LAYOUTS, OPERATIONS, RESNET50, SHAPES, SIZES, Case, Shape
 from saved import LIMIT, Run
 
 COLUMNS = ("cython out=", "cython", "numba out=", "numba")
 OUT = ("cython out=", "numba out=")
 FRESH = ("cython", "numba")
 NUMBA = ("numba out=", "numba")
+GPU_COLUMNS = ("cuda out=", "cuda")
 
 SMALL = SHAPES[:1]
 BODY = SHAPES[1:]
 BIG = tuple(shape for shape in SHAPES if 4 * np.prod(shape) > 50e6)
+
+ON_GPU = tuple(
+    (suite, shape)
+    for suite, shapes in {"gpu": SHAPES, "gpu-large": LARGE}.items()
+    for shape in shapes
+    if 4 * np.prod(shape) >= 100e6
+)
+"""Suites and shapes of large arrays."""
 
 Figure = Callable[[str], float | None]
 """From a column to its figure; None where the run lacks a row for it."""
@@ -49,6 +60,23 @@ def lines(run: Run) -> Iterator[Line]:
     yield from _backward(run)
     yield from _numba(run)
     yield from _evenness(run)
+
+
+def gpu_lines(run: Run) -> Iterator[Line]:
+    """Yield every goal on a GPU."""
+    for operation, target in {"inference": 0.92, "training": 0.85, "backward": 0.80}.items():
+        for layout in LAYOUTS:
+            large = [Case(suite, operation, layout, "float32", shape) for suite, shape in ON_GPU]
+            share = _over_cases(run, large, _share)(min)
+            text = f"{operation} {layout}, limit / time: least of large"
+            yield Line(text, True, target, share, GPU_COLUMNS)
+    for operation in OPERATIONS:
+        shapes = _over(run, operation, "NCHW", RESNET50, _device_time, suite="gpu-resnet50")
+        text = f"{operation} NCHW, ResNet-50, torch / time, both on the device"
+        yield Line(f"{text}: mean", True, 1.3, shapes(geometric_mean), GPU_COLUMNS)
+        yield Line(f"{text}: least", True, 0.9, shapes(min), GPU_COLUMNS)
+    small = _over(run, "inference", "NCHW", SMALL, _microseconds, suite="gpu")
+    yield Line("inference of (1,64,8,8), microseconds", False, 40, small(max), GPU_COLUMNS)
 
 
 def _inference(run: Run) -> Iterator[Line]:
@@ -169,6 +197,16 @@ def _kept_without_out(run: Run, case: Case, column: str) -> float | None:
     return run.ratio(case, f"{column} out=", column)
 
 
+def _device_time(run: Run, case: Case, column: str) -> float | None:
+    torch, own = (run.device_seconds(case, name) for name in ("torch", column))
+    return None if torch is None or own is None else torch / own
+
+
+def _microseconds(run: Run, case: Case, column: str) -> float | None:
+    seconds = run.seconds(case, column)
+    return None if seconds is None else 1e6 * seconds
+
+
 def _over(
     run: Run,
     operation: str,
@@ -178,11 +216,18 @@ def _over(
     suite: str = "shapes",
     dtype: str = "float32",
 ) -> Callable[[Callable[[list[float]], float]], Figure]:
-    """Return a function that makes a figure of a summary: of the ratio's values over the shapes."""
+    """Return `_over_cases` for cases that differ in their shapes alone."""
+    cases = [Case(suite, operation, layout, dtype, shape) for shape in shapes]
+    return _over_cases(run, cases, ratio)
+
+
+def _over_cases(
+    run: Run, cases: Sequence[Case], ratio: Ratio
+) -> Callable[[Callable[[list[float]], float]], Figure]:
+    """Return a function that makes a figure of a summary: of the ratio's values over the cases."""
 
     def summarised(summary: Callable[[list[float]], float]) -> Figure:
         def figure(column: str) -> float | None:
-            cases = [Case(suite, operation, layout, dtype, shape) for shape in shapes]
             values = [ratio(run, case, column) for case in cases]
             present = [value for value in values if value is not None]
             return float(summary(present)) if len(present) == len(values) else None
@@ -200,13 +245,24 @@ def _difference(one: Figure, other: Figure) -> Figure:
     return figure
 
 
-def table(run: Run) -> Iterator[str]:
+def tables(run: Run) -> Iterator[str]:
+    """Yield the goals of the host, those on a GPU, or both: as the run has rows."""
+    on_gpu = {case.on_gpu for case in run.groups}
+    if on_gpu != {True}:
+        yield from table(lines(run), COLUMNS)
+    if len(on_gpu) == 2:
+        yield ""
+    if True in on_gpu:
+        yield from table(gpu_lines(run), GPU_COLUMNS)
+
+
+def table(goals: Iterator[Line], columns: tuple[str, ...]) -> Iterator[str]:
     """Yield the lines of a Markdown table: each goal that was measured, its target, its figures."""
-    yield "| goal | target | " + " | ".join(COLUMNS) + " |"
-    yield "|---|---|" + "---|" * len(COLUMNS)
+    yield "| goal | target | " + " | ".join(columns) + " |"
+    yield "|---|---|" + "---|" * len(columns)
     missing = 0
-    for line in lines(run):
-        cells = [_cell(line, column) for column in COLUMNS]
+    for line in goals:
+        cells = [_cell(line, column) for column in columns]
         if any(cells):
             sign = "≥" if line.at_least else "≤"
             yield f"| {line.text} | {sign} {line.target:g} | " + " | ".join(cells) + " |"

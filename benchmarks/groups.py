@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+import gpu
 import numpy as np
 from cases import Case, Problem
-from contenders import CONTENDERS
 from measuring import Call, take_turns
 
 Row = tuple[Case, str]
@@ -57,7 +57,8 @@ class Group:
             "contender": name,
             "bytes": case.bytes,
             "GB/s": round(case.bytes / medians[fastest] / 1e9, 2),
-            **CONTENDERS[name].circumstances(),
+            **gpu.table(case)[name].circumstances(),
+            **gpu.circumstances(case, self.calls[row][fastest]),
         }
         if len(medians) > 1:
             info["variants"] = {variant: round(1e6 * t, 3) for variant, t in medians.items()}
@@ -66,8 +67,8 @@ class Group:
 
 def _checked(name: str, problem: Problem) -> dict[str, Call]:
     """Return the calls of a contender, by the name of the variant, after a look at each result."""
-    made = CONTENDERS[name].make(problem)
-    if isinstance(made, dict):
+    made = gpu.table(problem.case)[name].make(problem)
+    if isinstance(made, Mapping):
         for move in made.values():
             move.check()
         return dict(made)

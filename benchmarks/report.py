@@ -15,10 +15,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import goals
-from cases import DTYPES, LAYOUTS, OPERATIONS, Case
+from cases import DTYPES, GPU_SUITES, LAYOUTS, OPERATIONS, Case
 from saved import LIMIT, Run
 
-RATED = ("cython out=", "cython", "numba out=", "numba")
+RATED = ("cython out=", "cython", "numba out=", "numba", "cuda out=", "cuda")
+
+GPU_TITLES = dict(zip(GPU_SUITES, ("", ": ResNet-50, batch 32", ": large arrays"), strict=True))
 
 
 def main() -> None:
@@ -50,9 +52,10 @@ def page(run: Run, pictures: list[tuple[str, str]]) -> Iterator[str]:
     yield "## Goals"
     yield ""
     yield "Body: every shape but (1,64,8,8). Big: every shape whose x has more than 50 MB."
-    yield "float32 where nothing else is said. Means are geometric."
+    yield "Large, on a GPU: every shape whose x has 100 MB and more. float32 where nothing else is"
+    yield "said. Means are geometric."
     yield ""
-    yield from goals.table(run)
+    yield from goals.tables(run)
     for title, file in pictures:
         yield ""
         yield f"![{title}]({file})"
@@ -71,6 +74,14 @@ def page(run: Run, pictures: list[tuple[str, str]]) -> Iterator[str]:
         yield from section(
             run, f"Inference, {layout}, the same bytes in 1, 3 and 64 channels", cases
         )
+    for suite, what in GPU_TITLES.items():
+        for operation in OPERATIONS:
+            for dtype in DTYPES:
+                for layout in LAYOUTS:
+                    kind = (suite, operation, layout, dtype)
+                    cases = [case for case in run.groups if case[:4] == kind]
+                    title = f"{operation.title()}, {layout}, {dtype}, on a GPU{what}"
+                    yield from section(run, title, cases)
 
 
 def section(run: Run, title: str, cases: list[Case]) -> Iterator[str]:
@@ -86,6 +97,7 @@ def section(run: Run, title: str, cases: list[Case]) -> Iterator[str]:
             for case in cases
         ),
     )
+    yield from device_times(run, cases, list(names))
     rated = [name for name in RATED if name in names]
     if not rated:
         return
@@ -101,6 +113,18 @@ def section(run: Run, title: str, cases: list[Case]) -> Iterator[str]:
     )
     yield from ("", "Share of the limit, and the fastest peer's time over bnfast's:", "")
     yield from _markdown(["shape", *columns], rows)
+
+
+def device_times(run: Run, cases: list[Case], names: list[str]) -> Iterator[str]:
+    """Yield a table of what kernels and copies alone took; nothing where it was not taken."""
+    taken = [name for name in names if any(run.device_seconds(c, name) for c in cases)]
+    if taken:
+        rows = (
+            [label(case), *(microseconds(run.device_seconds(case, name)) for name in taken)]
+            for case in cases
+        )
+        yield from ("", "Microseconds of kernels and copies on the device:", "")
+        yield from _markdown(["shape", *taken], rows)
 
 
 def _markdown(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
@@ -144,7 +168,13 @@ def machine(run: Run) -> Iterator[str]:
         "date": run.date,
         "machine": f"{cpu.get('brand_raw', run.machine['machine'])}, {config['platform']}",
         "threads": ", ".join(
-            sorted({str(info["threads"]) for (_, name), info in run.info.items() if name == LIMIT})
+            sorted(
+                {
+                    str(info["threads"])
+                    for (case, name), info in run.info.items()
+                    if name == LIMIT and not case.on_gpu
+                }
+            )
         ),
         "instructions": ", ".join(
             f"{name} {text}"
@@ -154,8 +184,9 @@ def machine(run: Run) -> Iterator[str]:
             if "out=" not in name
         ),
         "versions": ", ".join(f"{name} {number}" for name, number in sorted(versions.items())),
+        "GPU": ", ".join(sorted({info["gpu"] for info in run.info.values() if "gpu" in info})),
     }
-    yield from _markdown(["", ""], ([name, text] for name, text in rows.items()))
+    yield from _markdown(["", ""], ([name, text] for name, text in rows.items() if text))
 
 
 if __name__ == "__main__":

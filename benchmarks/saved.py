@@ -50,6 +50,11 @@ class Run:
         rounds = self.groups.get(case, {}).get(contender)
         return None if rounds is None else median(rounds)
 
+    def device_seconds(self, case: Case, contender: str) -> float | None:
+        """Return the time of a contender in kernels and copies; None where it was not taken."""
+        taken = self.info.get((case, contender), {}).get("device_us")
+        return None if taken is None else float(taken) / 1e6
+
     def ratio(self, case: Case, of: str, to: str, to_case: Case | None = None) -> float | None:
         """Return the time of one contender divided by that of another; None if one has no row.
 

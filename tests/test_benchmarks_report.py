@@ -132,7 +132,7 @@ def test_channels_are_compared_round_by_round(tmp_path: Path) -> None:
 
 
 def test_a_goal_is_met_or_missed_or_left_out(inference: Run) -> None:
-    text = "\n".join(goals.table(inference))
+    text = "\n".join(goals.tables(inference))
     assert "| inference NCHW, limit / time: least of body | ≥ 0.8 | 0.90 met |" in text
     assert "calls of 50 us or more: least | ≥ 0.9 |  | **0.80 missed** |" in text
     assert "training" not in text
