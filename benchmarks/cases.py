@@ -88,6 +88,11 @@ class Case(NamedTuple):
         return "-".join((self.suite, self.operation, self.layout, self.dtype, shape))
 
     @property
+    def label(self) -> str:
+        """The shape as the tables have it."""
+        return f"({','.join(map(str, self.shape))})"
+
+    @property
     def turns(self) -> str:
         """What the cases have in common that are timed in the same turns.
 

@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib as mpl
 from cases import LAYOUTS, OPERATIONS, Case
 from matplotlib.figure import Figure
-from report import label
 from saved import LIMIT, Run
 
 SHOWN = {  # contender: colour, marker; filled where it writes to memory that is there already
@@ -43,7 +42,7 @@ def save(run: Run, directory: Path) -> list[tuple[str, str]]:
         pictures[operation] = (
             f"Share of the limit: {operation}, float32",
             {layout: ("shapes", operation, layout, "float32") for layout in LAYOUTS},
-            label,
+            lambda case: case.label,
         )
     pictures["sizes"] = (
         "Share of the limit: 4 to 128 million elements, NCHW, float32",

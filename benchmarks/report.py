@@ -93,7 +93,7 @@ def section(run: Run, title: str, cases: list[Case]) -> Iterator[str]:
     yield from _markdown(
         ["shape", *names],
         (
-            [label(case), *(microseconds(run.seconds(case, name)) for name in names)]
+            [case.label, *(microseconds(run.seconds(case, name)) for name in names)]
             for case in cases
         ),
     )
@@ -105,7 +105,7 @@ def section(run: Run, title: str, cases: list[Case]) -> Iterator[str]:
     columns += [f"peer / {name}" for name in rated]
     rows = (
         [
-            label(case),
+            case.label,
             *(number(run.ratio(case, LIMIT, name)) for name in rated if LIMIT in names),
             *(peer(run, case, name) for name in rated),
         ]
@@ -120,7 +120,7 @@ def device_times(run: Run, cases: list[Case], names: list[str]) -> Iterator[str]
     taken = [name for name in names if any(run.device_seconds(c, name) for c in cases)]
     if taken:
         rows = (
-            [label(case), *(microseconds(run.device_seconds(case, name)) for name in taken)]
+            [case.label, *(microseconds(run.device_seconds(case, name)) for name in taken)]
             for case in cases
         )
         yield from ("", "Microseconds of kernels and copies on the device:", "")
@@ -132,11 +132,6 @@ def _markdown(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
     yield "|---" * len(header) + "|"
     for row in rows:
         yield f"| {' | '.join(row)} |"
-
-
-def label(case: Case) -> str:
-    """Return the shape as the text has it."""
-    return f"({','.join(map(str, case.shape))})"
 
 
 def microseconds(seconds: float | None) -> str:
