@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from bnfast import channels, registry
 from bnfast.device import DeviceArray, where
 from bnfast.layout import Plan
-from bnfast.spec import DeviceKernels, Kernels
+from bnfast.spec import STORAGE_DTYPES, DeviceKernels, Kernels
 
 
 def admit(x: Any, ndim: tuple[int, ...] | None, backend: str | None = None) -> NDArray[Any]:
@@ -33,10 +34,7 @@ def admit(x: Any, ndim: tuple[int, ...] | None, backend: str | None = None) -> N
     if type(x) is not np.ndarray:
         x = registry.describe(backend, x) or channels.as_array(x, "x")
     if x.dtype.char not in "fd":
-        raise TypeError(
-            f"expected an array of float32 or float64, got dtype {x.dtype}; "
-            "cast it first, for example x.astype(np.float32)"
-        )
+        _check_storage(x, backend)
     if x.ndim not in ndim if ndim else x.ndim < 2:
         accepted = " or ".join(f"{n}D" for n in ndim) if ndim else "at least 2D"
         raise ValueError(
@@ -54,6 +52,27 @@ def check_channels(x: NDArray[Any], num_features: int) -> None:
             f"running_mean should contain {x.shape[1]} elements not {num_features}: "
             f"expected input with {num_features} channels on axis 1, got shape {x.shape}"
         )
+
+
+def _check_storage(x: Any, backend: str | None) -> None:
+    """Raise TypeError unless the backend takes the dtype of ``x``, neither float32 nor float64."""
+    name = _storage_dtype(x.dtype)
+    if name is None:
+        expected = "expected an array of float16, bfloat16, float32 or float64"
+    else:
+        choice = registry.choice_for(backend, x)
+        if name in getattr(choice.kernels, "STORAGE_DTYPES", ()):
+            return
+        expected = f"backend {choice.name!r} takes arrays of float32 and float64"
+    raise TypeError(
+        f"{expected}, got dtype {x.dtype}; cast it first, for example x.astype(np.float32)"
+    )
+
+
+@functools.cache
+def _storage_dtype(dtype: np.dtype[Any]) -> str | None:
+    """Return the name of a 16-bit dtype; None for all others. NumPy takes 1 us to make a name."""
+    return dtype.name if dtype.name in STORAGE_DTYPES else None
 
 
 def is_relu(activation: str | None) -> bool:

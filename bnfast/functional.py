@@ -76,10 +76,12 @@ def batch_norm(
 
     Parameters
     ----------
-    x : ndarray of float32 or float64, shape (N, C, ...)
-        The input; any strides. It may live on a GPU: as an array of CuPy, torch or Numba, or as any
-        other with ``__cuda_array_interface__`` or DLPack. ``residual`` and ``out`` are then on the
-        same GPU, and all vectors of one number per channel in host memory, as NumPy arrays.
+    x : ndarray of float32, float64, float16 or bfloat16, shape (N, C, ...)
+        The input; any strides. With the last two the arithmetic is float32's or wider, and every
+        result is rounded once, to the dtype of x; bfloat16 is that of the package ml_dtypes. It
+        may live on a GPU: as an array of CuPy, torch or Numba, or as any other with
+        ``__cuda_array_interface__`` or DLPack. ``residual`` and ``out`` are then on the same GPU,
+        and all vectors of one number per channel in host memory, as NumPy arrays.
     running_mean, running_var : ndarray, shape (C,), or None
         Both or neither. In training they are updated in place where given:
         ``new = (1 - momentum) * old + momentum * batch``, with the unbiased batch variance.
@@ -274,7 +276,7 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
 
     Parameters
     ----------
-    x : ndarray of float32 or float64, shape (N, C, ...)
+    x : ndarray of float32, float64, float16 or bfloat16, shape (N, C, ...)
         The input; any strides.
     backend : str, optional
         As in `batch_norm`.

@@ -88,7 +88,7 @@ class _BatchNorm(State, Converters):
 
         Parameters
         ----------
-        x : ndarray of float32 or float64, shape (N, C, ...)
+        x : ndarray of float32, float64, float16 or bfloat16, shape (N, C, ...)
             Any strides; also on a GPU, as `bnfast.functional.batch_norm` says.
         residual : ndarray like ``x``, optional
             Added to the normalised result, before the activation.

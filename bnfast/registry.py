@@ -278,7 +278,13 @@ def choose(argument: str | None, x: object = None) -> Kernels:
     choice = current(argument)
     if type(x) is ndarray or not on_device(x):
         return choice.kernels
-    return _for_device(choice, x)
+    return _for_device(choice, x).kernels
+
+
+def choice_for(argument: str | None, x: object) -> Choice:
+    """Return the choice whose kernels `choose` returns."""
+    choice = current(argument)
+    return _for_device(choice, x) if on_device(x) else choice
 
 
 def describe(argument: str | None, x: object) -> DeviceArray | None:
@@ -344,8 +350,8 @@ def _announce(choice: Choice, candidates: list[Entry]) -> None:
     )
 
 
-def _for_device(choice: Choice, x: object) -> Kernels:
-    """Return the kernels for an array on a GPU."""
+def _for_device(choice: Choice, x: object) -> Choice:
+    """Return the choice for an array on a GPU, where ``choice`` is in force."""
     if choice.automatic:
         names = [entry.name for entry in tuple(_table.values()) if entry.automatic_for == "device"]
         choice = _resolve(",".join(names), "auto, for an array on a GPU")
@@ -357,7 +363,7 @@ def _for_device(choice: Choice, x: object) -> Kernels:
             f"{kind} on the device where this one lives; copy the array to the host first, or "
             f"leave the choice to backend={AUTO!r}"
         )
-    return choice.kernels
+    return choice
 
 
 def _named(names: str, source: str) -> Choice:

@@ -12,6 +12,11 @@ Array forms
 
     The dtype is float32 or float64, native byte order. Any dimension may be 0 or 1.
 
+16-bit storage
+    To a backend that names them in ``STORAGE_DTYPES`` these arrays also come in float16 or
+    bfloat16 (the dtype of the package ml_dtypes, which need not be imported to recognise it). The
+    dtype is the tag: the bits of an array are ``x.view(np.uint16)``. All arrays of a call share it.
+
 Channel vectors
     ``mean, var, weight, bias, m2, invstd, sum_dy, sum_dy_xhat`` are float64, C-contiguous, shape
     ``(C,)``, never None.
@@ -39,6 +44,9 @@ Optional members
     cut for, so that tests send small arrays the way of large ones. ``OPENMP`` (a bool) and
     ``CYTHON_VERSION`` (a str) are reported by `bnfast.show_config`.
 
+    ``STORAGE_DTYPES``, a tuple, has the names of those of `STORAGE_DTYPES` that the kernels take.
+    Without it they get none of these: the call is refused before, with the cast to use.
+
     A backend that accepts other arrays than NumPy's has two more hooks, those of `DeviceKernels`.
     Its ``describe(x)`` is called once for each array of a call, and ``view`` and ``empty`` are
     given the `bnfast.device.DeviceArray` in place of the array. ``empty`` returns an array of the
@@ -48,6 +56,11 @@ Rounding
     ``normalize`` computes ``(x - mean) * (weight / sqrt(var + eps)) + bias``, rounds it to the
     dtype of x, then adds ``residual`` and rounds again, then applies ReLU, which lets NaN pass.
     The fused calls therefore give the bits of the separate steps.
+
+    With 16-bit storage everything, residual and ReLU included, is computed in float32 or wider and
+    rounded to the storage type once, at the very end: to nearest, ties to even; beyond the largest
+    number to infinity, below the smallest normal one to subnormals. NaN stays NaN, whatever its
+    payload. Only the ReLU gives the bits of a separate step.
 """
 
 from __future__ import annotations
@@ -62,7 +75,7 @@ if TYPE_CHECKING:
     from bnfast.layout import Plan
 
 Floats: TypeAlias = NDArray[Any]
-"""An array of float32 or float64 in one of the two array forms."""
+"""An array of an accepted dtype in one of the two array forms."""
 
 Channels: TypeAlias = NDArray[np.float64]
 """A contiguous float64 vector with one number per channel."""
@@ -80,6 +93,17 @@ added, and where the two cancel it can be twice as large as ``output_scale``."""
 Y_UNITS_FLOAT64 = 8.0
 """float64: the error of y is at most this times 2^-53 (1 + |mean|/sqrt(var + eps)) output_scale."""
 
+STORAGE_DTYPES = ("float16", "bfloat16")
+"""The names of the dtypes that are stored in 16 bits and computed in float32 or wider."""
+
+ULPS_16BIT = 1.0
+"""float16 and bfloat16: bound on the error of y and dx, in ulps of the storage type at
+``output_scale`` or ``gradient_scale``; half of it is the rounding of the exact result."""
+
+ROUNDED_RIGHT_16BIT = 0.999
+"""float16 and bfloat16: the share of elements, at least, that are the exact result correctly
+rounded. The others lie so close to the middle of two numbers that float32 takes the other one."""
+
 DX_ULPS_FLOAT32 = 4.0
 """float32: bound on the error of dx, in ulps of ``gradient_scale``."""
 
@@ -91,7 +115,7 @@ SUM_UNITS = 32.0
 terms' magnitudes. For m2, whose mean is itself rounded, add n (SUM_UNITS 2^-53 mean)^2."""
 
 M2_RELATIVE_FLOAT32 = 2.0**-40
-"""float32 x: the relative error of m2 may be this large, and that of the mean this times
+"""x of float32 or less: the relative error of m2 may be this large, and that of the mean this times
 sqrt(m2 / n), which no float32 result can show. It leaves kernels free to sum the deviations and
 their squares about a first guess of the mean, in one pass."""
 

@@ -18,7 +18,10 @@ from bnfast.testing.bounds import assert_same_bits
 
 SHAPE = (4, 3, 2, 8)
 MASKED = "masked arrays are not accepted: the mask would be ignored"
-CAST = "expected an array of float32 or float64, got dtype {}; cast it first, for example "
+CAST = (
+    "expected an array of float16, bfloat16, float32 or float64, got dtype {}; cast it first, for "
+    "example "
+)
 
 
 class Scene:
@@ -83,11 +86,6 @@ COMMON = {
         lambda s: {"x": s.x.astype(object)},
         TypeError,
         CAST.format("object") + "x.astype(np.float32)",
-    ),
-    "float16": (
-        lambda s: {"x": s.x.astype(np.float16)},
-        TypeError,
-        CAST.format("float16") + "x.astype(np.float32)",
     ),
     "longdouble": (
         lambda s: {"x": s.x.astype(np.longdouble)},

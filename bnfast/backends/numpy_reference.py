@@ -3,7 +3,8 @@
 This is what the other backends are measured against in spirit, and the last resort where none of
 them can run: float64 throughout, on one thread, and free with memory (several copies of x).
 
-Every function views its arrays with the channels in front, computes, and rounds at the end.
+Every function views its arrays with the channels in front, computes, and rounds at the end. float32
+is rounded before a residual is added, too, as the contract has it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import numpy as np
 
 from bnfast.backends.host_arrays import accepts, empty, view
-from bnfast.spec import Channels, Floats
+from bnfast.spec import STORAGE_DTYPES, Channels, Floats
 
 __all__ = [
+    "STORAGE_DTYPES",
     "accepts",
     "backward",
     "backward_input",
@@ -65,12 +67,12 @@ def normalize(
     with np.errstate(all="ignore"):
         scale = weight / np.sqrt(var + eps)
         affine = (_wide(x) - _each(mean)) * _each(scale) + _each(bias)
-        result = affine.astype(y.dtype)
+        result = affine.astype(np.float32) if y.dtype == np.float32 else affine
         if residual is not None:
-            result += _channels(residual)
+            result += _channels(residual).astype(result.dtype)
         if relu:
             result = np.maximum(result, 0)
-    _channels(y)[...] = result
+        _channels(y)[...] = result
 
 
 def train(
@@ -136,8 +138,8 @@ def backward_input(
         spread = np.where(_each(sum_dy_xhat) == 0, 0.0, xhat * _each(sum_dy_xhat))
         centred = g - (_each(sum_dy) + spread) / count
         _channels(dx)[...] = _each(weight * invstd) * centred
-    if dresidual is not None:
-        _channels(dresidual)[...] = g
+        if dresidual is not None:
+            _channels(dresidual)[...] = g
 
 
 def backward(

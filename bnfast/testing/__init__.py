@@ -13,7 +13,7 @@ Rooms, from the bottom up
     `guard`        one guarded call of a kernel: IN read-only, OUT prefilled, both framed
     `bounds`       the error bounds of `bnfast.spec` as assertions that say where and by how much
     `seeding`      a generator per test, fresh in every run and reproducible from one number
-    `contract`, `forward`, `backward`, `robustness`, `determinism`    the tests, by theme
+    `contract`, `forward`, `backward`, `robustness`, `storage`, `determinism`    the tests, by theme
     `conformance`  `KernelConformance`, which gathers them
 
 Nothing is imported before `KernelConformance` is asked for; from then on pytest is needed.
@@ -35,7 +35,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import pytest
 
-    for room in ("contract", "forward", "backward", "robustness", "determinism"):
+    for room in ("contract", "forward", "backward", "robustness", "storage", "determinism"):
         pytest.register_assert_rewrite(f"{__name__}.{room}")
     from bnfast.testing.conformance import KernelConformance
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bnfast import spec
 from bnfast.testing.cases import Inputs
 from bnfast.testing.guard import Outputs
-from bnfast.testing.reference import Moments, Sums, Wide, rows, wide
+from bnfast.testing.reference import FORMATS, Moments, Sums, Wide, rows, wide
 
 UNIT = 2.0**-53
 
@@ -62,9 +62,10 @@ def assert_moments(outputs: Outputs, exact: Moments, x: Wide, dtype: np.dtype[np
     magnitude = np.abs(x).sum(axis=1).astype(np.float64)
     bound = spec.SUM_UNITS * UNIT * magnitude / count
     units = spec.SUM_UNITS * UNIT
-    relative = spec.M2_RELATIVE_FLOAT32 if dtype == np.float32 else units
+    narrow = dtype != np.float64
+    relative = spec.M2_RELATIVE_FLOAT32 if narrow else units
     mean, m2 = (vector.astype(np.float64) for vector in exact)
-    if dtype == np.float32:
+    if narrow:
         bound += relative * np.sqrt(m2 / count)
     assert_within("mean", outputs["mean"], exact.mean, bound)
     assert_within("m2", outputs["m2"], exact.m2, relative * m2 + count * (units * mean) ** 2)
@@ -85,6 +86,9 @@ def assert_output(
         residual,
         exact.astype(np.float64),
     )
+    if y.dtype.name in FORMATS:
+        assert_stored("y", rows(y), exact, scale)
+        return
     if y.dtype == np.float32:
         ulps = spec.Y_ULPS_FLOAT32 if fma else spec.Y_ULPS_FLOAT32_WITHOUT_FMA
         ulps += spec.Y_ULPS_RESIDUAL if inputs.residual is not None else 0.0
@@ -115,12 +119,23 @@ def assert_gradient(dx: NDArray[Any], exact: Wide, g: Wide, xhat: Wide, inputs: 
         inputs.sum_dy[:, None] / inputs.count,
         inputs.sum_dy_xhat[:, None] / inputs.count,
     )
+    if dx.dtype.name in FORMATS:
+        assert_stored("dx", rows(dx), exact, scale)
+        return
     if dx.dtype == np.float32:
         bound = spec.DX_ULPS_FLOAT32 * _float32_ulp(scale)
     else:
         growth = 1.0 + np.abs(inputs.mean * inputs.invstd)[:, None]
         bound = spec.DX_UNITS_FLOAT64 * UNIT * growth * scale
     assert_within("dx", rows(dx), exact, bound)
+
+
+def assert_stored(what: str, actual: NDArray[Any], exact: Wide, scale: NDArray[Any]) -> None:
+    """Check an array of a 16-bit dtype against the bound of `spec`."""
+    storage = FORMATS[actual.dtype.name]
+    values = storage.limited(actual.astype(np.float64))
+    expected = wide(storage.limited(exact.astype(np.float64)))
+    assert_within(what, values, expected, spec.ULPS_16BIT * storage.spacing(scale))
 
 
 def _float32_ulp(scale: NDArray[Any]) -> NDArray[Any]:

@@ -16,10 +16,27 @@ import pytest
 from numpy.typing import NDArray
 
 from bnfast.spec import Channels, Floats
+from bnfast.testing.reference import FORMATS, limits
 
 Shape: TypeAlias = tuple[int, ...]
 
 DTYPES = (np.float32, np.float64)
+"""What arithmetic is done in."""
+
+
+def _bfloat16() -> Any:
+    try:
+        import ml_dtypes
+    except ImportError:
+        absent = pytest.mark.skip(reason="the package ml_dtypes, which has bfloat16, is missing")
+        return pytest.param(None, id="bfloat16", marks=absent)
+    return ml_dtypes.bfloat16
+
+
+STORAGE = (np.float16, _bfloat16())
+"""What is stored in 16 bits: tried where the backend names it in ``STORAGE_DTYPES``."""
+
+ALL_DTYPES = DTYPES + STORAGE
 
 SHAPES: tuple[Shape, ...] = (
     # One element, one channel, one sample, one position.
@@ -156,7 +173,8 @@ def draw(
     Parameters
     ----------
     ratio
-        |mean|/std of every channel of x; None draws one for each channel between 1 and 1e6.
+        |mean|/std of every channel of x; None draws one for each channel between 1 and 1e6, or 10
+        for a 16-bit dtype, which has no more digits to show.
     size
         std of every channel of x; None draws one for each channel between 0.01 and 100.
     eps
@@ -168,17 +186,17 @@ def draw(
     weight 0. dy has a mean, so that both sums of the backward pass matter. ``mean`` and ``var``
     are near those of x without being them, as running statistics are.
     """
+    largest = limits(np.dtype(dtype))[0]
+    most = 1e1 if np.dtype(dtype).name in FORMATS else 1e6
     channels = shape[1]
     count = math.prod(shape) // max(channels, 1)
     std = _magnitudes(rng, channels, 1e-2, 1e2) if size is None else np.full(channels, size)
-    ratios = _magnitudes(rng, channels, 1e0, 1e6) if ratio is None else np.full(channels, ratio)
+    ratios = _magnitudes(rng, channels, 1e0, most) if ratio is None else np.full(channels, ratio)
     centre = ratios * std * _signs(rng, channels)
     var = np.square(std) * rng.uniform(0.5, 2.0, channels)
     weight = _magnitudes(rng, channels, 1e-2, 1e2) * _signs(rng, channels)
     if channels >= 3:
         weight[rng.integers(channels)] = 0.0
-
-    largest = np.finfo(dtype).max
 
     def spread(scale: NDArray[Any], offset: NDArray[Any]) -> Floats:
         values = rng.standard_normal(shape)

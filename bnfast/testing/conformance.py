@@ -18,13 +18,16 @@ from bnfast.testing import cases, guard, reference, seeding
 from bnfast.testing.contract import ContractTests
 from bnfast.testing.determinism import DeterminismTests
 from bnfast.testing.robustness import RobustnessTests
+from bnfast.testing.storage import StorageTests
 
 
-class KernelConformance(ContractTests, RobustnessTests, DeterminismTests):
+class KernelConformance(ContractTests, RobustnessTests, StorageTests, DeterminismTests):
     """Everything that `bnfast.spec` asks of a backend, as tests.
 
     Derive a class whose name starts with ``Test`` and set `backend`; pytest collects the rest.
-    Where the backend cannot run, its tests are skipped with its own sentence.
+    Where the backend cannot run, its tests are skipped with its own sentence. Those on float16 and
+    bfloat16 are skipped unless the kernels name these in ``STORAGE_DTYPES``, and on bfloat16
+    without the package ml_dtypes.
 
     Attributes
     ----------
@@ -58,7 +61,9 @@ class KernelConformance(ContractTests, RobustnessTests, DeterminismTests):
             cases.leave_out_larger(cls, cls.most_elements)
 
     @pytest.fixture
-    def kernels(self, record_property: Callable[[str, object], None]) -> Kernels:
+    def kernels(
+        self, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+    ) -> Kernels:
         """Return the kernels under test, and note in the test's report whose they are."""
         backend = self.backend
         if isinstance(backend, str):
@@ -72,6 +77,10 @@ class KernelConformance(ContractTests, RobustnessTests, DeterminismTests):
             if isinstance(reason, str):
                 pytest.skip(reason)
         name = backend if isinstance(backend, str) else backend.__name__
+        callspec = getattr(request.node, "callspec", None)
+        dtype = callspec.params.get("dtype") if callspec else None
+        if dtype in cases.STORAGE and dtype.__name__ not in getattr(kernels, "STORAGE_DTYPES", ()):
+            pytest.skip(f"{name} does not take {dtype.__name__}")
         record_property("conformance_backend", name)
         return kernels
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from bnfast.testing.bounds import assert_same_outputs
-from bnfast.testing.cases import DTYPES, LARGE_SHAPES, OPERATIONS, Inputs, Shape, draw, over
+from bnfast.testing.cases import ALL_DTYPES, LARGE_SHAPES, OPERATIONS, Inputs, Shape, draw, over
 from bnfast.testing.guard import Run
 
 THREADED_SHAPES: tuple[Shape, ...] = ((7, 1, 13), (3, 6, 196), (2, 3, 1025), *LARGE_SHAPES)
@@ -25,7 +25,7 @@ class DeterminismTests:
     """Bits that must not depend on how a call is made."""
 
     @over("operation", OPERATIONS)
-    @over("dtype", DTYPES)
+    @over("dtype", ALL_DTYPES)
     @over("shape", THREADED_SHAPES)
     def test_same_bits_for_any_number_of_threads(
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type, operation: str
@@ -37,7 +37,7 @@ class DeterminismTests:
             assert_same_outputs(f"1 thread against {num_threads}", one, other)
 
     @over("operation", OPERATIONS)
-    @over("dtype", DTYPES)
+    @over("dtype", ALL_DTYPES)
     @over("shape", ((3, 5, 67), (2, 3, 1025), (203, 5), (97, 17), (9, 2, 8191), (70001, 3)))
     def test_same_bits_wherever_arrays_lie(
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type, operation: str
@@ -50,7 +50,7 @@ class DeterminismTests:
 
     @over("operation,alias", ALIASES)
     @over("relu", (False, True))
-    @over("dtype", DTYPES)
+    @over("dtype", ALL_DTYPES)
     @over("shape", ((5, 3, 1), (3, 6, 196), (2, 3, 1025), (1025, 16), *LARGE_SHAPES))
     def test_same_bits_in_place(
         self,

@@ -60,6 +60,62 @@ class Sums(NamedTuple):
     magnitude_dy_xhat: Wide
 
 
+class Format(NamedTuple):
+    """A floating-point format narrower than float32, in which arrays are stored."""
+
+    digits: int
+    """Binary digits of a normal number."""
+    lowest: int
+    """The exponent of the smallest normal number."""
+    highest: int
+    """The exponent of the largest numbers."""
+
+    @property
+    def largest(self) -> float:
+        """The largest finite number."""
+        return (2.0 - 2.0 ** (1 - self.digits)) * 2.0**self.highest
+
+    @property
+    def smallest(self) -> float:
+        """The smallest subnormal number."""
+        return 2.0 ** (self.lowest - self.digits + 1)
+
+    def spacing(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return the distance of adjacent numbers at ``values``, also beyond the largest."""
+        exponents = np.maximum(np.frexp(values)[1] - 1, self.lowest)
+        spacing: NDArray[Any] = np.ldexp(1.0, exponents - self.digits + 1)
+        return spacing
+
+    def limited(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return ``values``, with what would be the number after the largest for infinity."""
+        beyond = 2.0 ** (self.highest + 1)
+        clipped: NDArray[Any] = np.clip(values, -beyond, beyond)
+        return clipped
+
+    def rounded(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return the nearest number to each of ``values``, the even one of two; `limited`."""
+        limited = self.limited(values)
+        unit = self.spacing(limited)
+        nearest: NDArray[Any] = np.rint(limited / unit) * unit
+        return nearest
+
+
+FORMATS = {"float16": Format(11, -14, 15), "bfloat16": Format(8, -126, 127)}
+"""By the name of the dtype."""
+
+
+def limits(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """Return the largest number of a dtype, and the smallest subnormal one."""
+    if dtype.name in FORMATS:
+        return FORMATS[dtype.name].largest, FORMATS[dtype.name].smallest
+    return float(np.finfo(dtype).max), float(np.finfo(dtype).smallest_subnormal)
+
+
+def positive(y: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return where y > 0. ml_dtypes would warn of NaN."""
+    return y.astype(np.float64) > 0
+
+
 def rows(x: NDArray[Any]) -> NDArray[Any]:
     """Return either array form as ``(C, n)``."""
     channels = x.shape[1]
@@ -95,7 +151,7 @@ def affine(xhat: Wide, weight: Wide, bias: Wide, residual: Wide | None, *, relu:
 
 def mask(dy: Wide, y: NDArray[Any] | None) -> Wide:
     """Return g, the gradient behind the ReLU: dy where y > 0, else 0."""
-    return dy if y is None else np.where(y > 0, dy, wide(0))
+    return dy if y is None else np.where(positive(y), dy, wide(0))
 
 
 def backward_sums(g: Wide, xhat: Wide) -> Sums:

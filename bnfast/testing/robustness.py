@@ -10,6 +10,7 @@ from bnfast.spec import Floats
 from bnfast.testing.backward import BackwardTests
 from bnfast.testing.bounds import assert_same_bits, assert_same_outputs
 from bnfast.testing.cases import (
+    ALL_DTYPES,
     DTYPES,
     EMPTY_SHAPES,
     LARGE_SHAPES,
@@ -22,7 +23,7 @@ from bnfast.testing.cases import (
 )
 from bnfast.testing.forward import ForwardTests
 from bnfast.testing.guard import Outputs, Run, arguments_of
-from bnfast.testing.reference import rows
+from bnfast.testing.reference import limits, positive, rows
 
 POISONS = (float("nan"), float("inf"), float("-inf"))
 POISONED_SHAPES: tuple[Shape, ...] = ((3, 5, 67), (203, 5), (61, 37), (9, 3, 8191), (70001, 3))
@@ -32,7 +33,7 @@ class RobustnessTests(ForwardTests, BackwardTests):
     """Extreme data and dirty memory."""
 
     @over("operation", OPERATIONS)
-    @over("dtype", DTYPES)
+    @over("dtype", ALL_DTYPES)
     @over("shape", SHAPES + LARGE_SHAPES)
     def test_out_is_wholly_overwritten(
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type, operation: str
@@ -43,7 +44,7 @@ class RobustnessTests(ForwardTests, BackwardTests):
         assert not any(np.isnan(values).any() for values in one.values())
 
     @over("operation", OPERATIONS)
-    @over("dtype", DTYPES)
+    @over("dtype", ALL_DTYPES)
     @over("shape", ((3, 5, 67), (203, 5), (9, 2, 8191), (70001, 3)))
     def test_inputs_are_left_alone(
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type, operation: str
@@ -54,7 +55,7 @@ class RobustnessTests(ForwardTests, BackwardTests):
             run(operation, inputs, relu=relu)
 
     @over("operation", OPERATIONS)
-    @over("dtype", DTYPES)
+    @over("dtype", ALL_DTYPES)
     @over("shape", POISONED_SHAPES)
     def test_nan_and_inf_stay_in_their_channel(
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type, operation: str
@@ -81,7 +82,7 @@ class RobustnessTests(ForwardTests, BackwardTests):
                     )
 
     @over("poison", POISONS)
-    @over("dtype", DTYPES)
+    @over("dtype", ALL_DTYPES)
     @over("shape", POISONED_SHAPES)
     def test_nan_and_inf_poison_the_whole_of_their_channel_in_training(
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type, poison: float
@@ -98,7 +99,7 @@ class RobustnessTests(ForwardTests, BackwardTests):
         assert not np.isfinite(sums["sum_dy"][channel])
         assert not np.isfinite(sums["sum_dy_xhat"][channel])
 
-    @over("dtype", DTYPES)
+    @over("dtype", ALL_DTYPES)
     @over("shape", ((3, 5, 67), (203, 5)))
     def test_relu_passes_nan(
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type
@@ -112,7 +113,7 @@ class RobustnessTests(ForwardTests, BackwardTests):
             assert np.array_equal(np.isnan(y), holes), f"NaN in {argument} must come out as NaN"
             assert_same_bits(f"y beside the NaN in {argument}", y[~holes], clean[~holes])
 
-    @over("dtype", DTYPES)
+    @over("dtype", ALL_DTYPES)
     @over("shape", ((3, 5, 67), (203, 5)))
     def test_gradient_is_masked_where_y_is_not_positive(
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type
@@ -120,9 +121,9 @@ class RobustnessTests(ForwardTests, BackwardTests):
         inputs = draw(rng, shape, dtype)
         kinds: Floats = np.array([np.nan, -0.0, 0.0, -1.0, 1e-45, 1.0], dtype)
         y = kinds[rng.integers(len(kinds), size=shape)]
-        open_to = np.where(y > 0, dtype(1), dtype(0))
+        open_to = np.where(positive(y), dtype(1), dtype(0))
         # What is masked does not count, be it inf.
-        dy = np.where(y > 0, inputs.dy, dtype(np.inf))
+        dy = np.where(positive(y), inputs.dy, dtype(np.inf))
         self.check_backward(run, inputs.replace(y=y, dy=inputs.dy), relu=True)
         barred = self.check_backward(run, inputs.replace(y=y, dy=dy), relu=True)
         same = run("backward", inputs.replace(y=open_to, dy=inputs.dy), relu=True)
@@ -162,7 +163,7 @@ class RobustnessTests(ForwardTests, BackwardTests):
         self.check_train(run, inputs, relu=False)
 
     @over("operation", OPERATIONS)
-    @over("dtype", DTYPES)
+    @over("dtype", ALL_DTYPES)
     @over("shape", EMPTY_SHAPES)
     def test_empty(
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type, operation: str
@@ -172,15 +173,14 @@ class RobustnessTests(ForwardTests, BackwardTests):
                 assert not values.any(), f"{name} of no elements must be 0"
 
     @over("operation", OPERATIONS)
-    @over("dtype", DTYPES)
+    @over("dtype", ALL_DTYPES)
     def test_data_raises_nothing(
         self, run: Run, rng: np.random.Generator, dtype: type, operation: str
     ) -> None:
         inputs = draw(rng, (3, 4, 67), dtype, eps=0.0)
         x = inputs.x.copy()
         x[:, 0] = [[np.nan], [np.inf], [-np.inf]]
-        x[:, 1] = np.finfo(dtype).max
-        x[:, 2] = np.finfo(dtype).smallest_subnormal
+        x[:, 1], x[:, 2] = limits(x.dtype)
         x[:, 3] = 0
         extreme = np.array([0.0, 1e-300, 1e300, np.inf])
         inputs = inputs.replace(x=x, var=extreme, invstd=extreme[::-1].copy())
