@@ -3,6 +3,7 @@ from typing import Any
 from bnfast.layout import Plan
 from bnfast.spec import Channels, Floats
 
+STORAGE_DTYPES: tuple[str, ...]
 OPENMP: bool
 CYTHON_VERSION: str
 

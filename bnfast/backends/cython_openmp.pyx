@@ -50,7 +50,7 @@ cdef extern from "kernels/team.h" nogil:
     void bn_run(bn_call *, const Phase *, int count, int num_threads)
     const bint BN_OPENMP
     int BN_PAUSE()
-    const bn_kernels *bn_table[][2]
+    const bn_kernels *bn_table[][4]
     int bn_highest_level()
     Py_ssize_t bn_core_cache, bn_last_cache
     void bn_describe(
@@ -84,6 +84,7 @@ cdef extern from "kernels/team.h" nogil:
 cdef extern from *:
     const unsigned long CYTHON_HEX_VERSION
 
+STORAGE_DTYPES = ("float16", "bfloat16")
 OPENMP = bool(BN_OPENMP)
 CYTHON_VERSION = ".".join([str(CYTHON_HEX_VERSION >> shift & 255) for shift in (24, 16, 8)])
 
@@ -131,6 +132,13 @@ cdef inline double *channels(cnp.ndarray vector) noexcept:
     return <double *>cnp.PyArray_DATA(vector)
 
 
+cdef inline int column_of(int dtype) noexcept:
+    """The column of the table for a dtype; bfloat16 has a number that NumPy gives when it is made."""
+    if dtype == cnp.NPY_FLOAT32:
+        return 0
+    return 1 if dtype == cnp.NPY_FLOAT64 else 2 if dtype == cnp.NPY_FLOAT16 else 3
+
+
 cdef inline void describe(
     bn_call *call, cnp.ndarray x, int inputs, int outputs, int num_threads
 ) noexcept:
@@ -138,7 +146,7 @@ cdef inline void describe(
     cdef bint last = cnp.PyArray_NDIM(x) == 2
     bn_describe(
         call,
-        bn_table[level][cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64],
+        bn_table[level][column_of(cnp.PyArray_TYPE(x))],
         cnp.PyArray_DIM(x, 0),
         cnp.PyArray_DIM(x, 1),
         1 if last else cnp.PyArray_DIM(x, 2),

@@ -1,23 +1,25 @@
 /* y = act((x - mean) * scale + bias + residual), over a stretch of adjacent elements: runs of one
-   channel each (rows), or rows of channels (columns).  Needs REAL, FN, BN_IS_DOUBLE, stream.h. */
+   channel each (rows), or rows of channels (columns).  Needs REAL, STORE, FN, BN_IS_DOUBLE, stream.h. */
 
-/* The mean may have more digits than REAL: its head is subtracted, its tail is in the shift. */
-static inline REAL FN(affine)(REAL x, REAL residual, REAL head, REAL scale, REAL shift, int add,
-                              int relu)
+/* One element. The mean may have more digits than REAL: its head is subtracted, its tail is in the
+   shift. */
+static inline STORE FN(affine_one)(const STORE *x, const STORE *residual, REAL head, REAL scale,
+                                   REAL shift, int relu)
 {
-    const REAL normal = FN(mad)(x - head, scale, shift);
-    const REAL sum = add ? normal + residual : normal;
-    return relu && sum < 0 ? 0 : sum;
+    const REAL normal = FN(mad)(FN(raise_one)(*x) - head, scale, shift);
+    const REAL sum = residual ? normal + FN(raise_one)(*residual) : normal;
+    return FN(round_one)(relu && sum < 0 ? 0 : sum);
 }
 
-/* One element in double, rounded where the definition rounds: for channels whose numbers do not
-   fit REAL. */
-static inline REAL FN(affine_wide)(REAL x, const REAL *residual, bn_affine affine, int relu)
+/* The same in double, rounded where the definition rounds: for channels whose numbers do not fit
+   REAL. */
+static inline STORE FN(affine_wide)(const STORE *x, const STORE *residual, bn_affine affine,
+                                    int relu)
 {
-    REAL y = (REAL)((x - affine.mean) * affine.scale + affine.bias);
+    REAL y = (REAL)((FN(raise_one)(*x) - affine.mean) * affine.scale + affine.bias);
     if (residual)
-        y += *residual;
-    return relu && y < 0 ? 0 : y;
+        y += FN(raise_one)(*residual);
+    return FN(round_one)(relu && y < 0 ? 0 : y);
 }
 
 static inline int FN(affine_fits)(bn_affine affine)
@@ -60,28 +62,28 @@ static int FN(find_affine)(const double *mean, const double *var, double count,
 }
 
 /* SIZE elements from x on. */
-BN_INLINE FN(vector) FN(affine_each)(const REAL *x, const REAL *residual, FN(vector) head,
+BN_INLINE FN(stored) FN(affine_each)(const STORE *x, const STORE *residual, FN(vector) head,
                                          FN(vector) scale, FN(vector) shift, const int add,
                                          const int relu)
 {
     FN(vector) sum = FN(mad_each)(FN(get)(x) - head, scale, shift);
     if (add)
         sum += FN(get)(residual);
-    return relu ? FN(where)(~(sum < 0), sum) : sum;
+    return FN(round)(relu ? FN(where)(~(sum < 0), sum) : sum);
 }
 
 /* One channel, or (step 1) a part of a row of channels, for constant `add` and `relu`. The end of a
    run that is no multiple of the vectors is done as one that overlaps the last full one; it is
    computed first and stored last, since y may be x or residual. */
-BN_INLINE void FN(affine_run_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+BN_INLINE void FN(affine_run_as)(const STORE *x, const STORE *residual, STORE *y, bn_index n,
                                      const REAL *heads, const REAL *scales, const REAL *shifts,
                                      bn_index ahead, FN(pending) *pending, const int step,
                                      const int add, const int relu)
 {
     const FN(vector) head = FN(all)(*heads), scale = FN(all)(*scales), shift = FN(all)(*shifts);
 #define BN_MAKE(i)                                                                                 \
-    FN(affine_each)(x + (i), add ? residual + (i) : NULL, step ? FN(get)(heads + (i)) : head,      \
-                    step ? FN(get)(scales + (i)) : scale, step ? FN(get)(shifts + (i)) : shift,    \
+    FN(affine_each)(x + (i), add ? residual + (i) : NULL, step ? FN(factors)(heads + (i)) : head,      \
+                    step ? FN(factors)(scales + (i)) : scale, step ? FN(factors)(shifts + (i)) : shift,    \
                     add, relu)
 #define BN_ASK(i)                                                                                  \
     if (ahead)                                                                                     \
@@ -90,11 +92,11 @@ BN_INLINE void FN(affine_run_as)(const REAL *x, const REAL *residual, REAL *y, b
         BN_SEND(pending, y, n, BN_MAKE, BN_ASK);
     } else if (n < FN(SIZE)) {
         for (bn_index i = 0; i < n; i++)
-            y[i] = FN(affine)(x[i], add ? residual[i] : 0, heads[step * i], scales[step * i],
-                              shifts[step * i], add, relu);
+            y[i] = FN(affine_one)(x + i, add ? residual + i : NULL, heads[step * i],
+                                  scales[step * i], shifts[step * i], relu);
     } else {
         const bn_index last = n - FN(SIZE);
-        const FN(vector) end = BN_MAKE(last);
+        const FN(stored) end = BN_MAKE(last);
         for (bn_index i = 0; i < last; i += FN(SIZE))
             FN(put)(y + i, BN_MAKE(i));
         FN(put)(y + last, end);
@@ -104,7 +106,7 @@ BN_INLINE void FN(affine_run_as)(const REAL *x, const REAL *residual, REAL *y, b
 }
 
 /* The same; past the cache, for a line or more, where something is or may be pending. */
-static inline void FN(affine_run)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+static inline void FN(affine_run)(const STORE *x, const STORE *residual, STORE *y, bn_index n,
                                   const REAL *head, const REAL *scale, const REAL *shift,
                                   bn_index ahead, FN(pending) *pending, const int step, int relu)
 {
@@ -122,22 +124,22 @@ static inline void FN(affine_run)(const REAL *x, const REAL *residual, REAL *y, 
 static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, char *y_bytes,
                               bn_index elements, bn_index length, bn_affines of, bn_index c)
 {
-    const REAL *x = (const REAL *)x_bytes, *residual = (const REAL *)residual_bytes;
+    const STORE *x = (const STORE *)x_bytes, *residual = (const STORE *)residual_bytes;
     const REAL *head = (const REAL *)of.packed, *scale = head + of.width;
     const REAL *shift = scale + of.width;
-    REAL *y = (REAL *)y_bytes;
+    STORE *y = (STORE *)y_bytes;
     FN(pending) pending;
     FN(pending) *const stream = of.stream && length >= FN(LINE) ? &pending : NULL;
     FN(begin)(&pending);
     for (bn_index at = 0; at < elements; at += length) {
-        const REAL *r = residual ? residual + at : NULL;
+        const STORE *r = residual ? residual + at : NULL;
         if (of.fits || FN(affine_fits)(FN(affine_of)(&of, c))) {
             FN(affine_run)(x + at, r, y + at, length, head + c, scale + c, shift + c, of.ahead,
                            stream, 0, of.relu);
         } else {
             FN(end)(&pending, y + at);
             for (bn_index i = at; i < at + length; i++)
-                y[i] = FN(affine_wide)(x[i], residual ? residual + i : NULL, FN(affine_of)(&of, c),
+                y[i] = FN(affine_wide)(x + i, residual ? residual + i : NULL, FN(affine_of)(&of, c),
                                        of.relu);
         }
         c = c + 1 == of.width ? 0 : c + 1;
@@ -147,13 +149,13 @@ static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, c
 
 /* Rows of n channels, for constant `rows`, `add` and `relu`: the channel vectors are loaded once for
    all of them; in the cache, four rows take three quarters of the time of four times one. */
-BN_INLINE void FN(affine_rows_as)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+BN_INLINE void FN(affine_rows_as)(const STORE *x, const STORE *residual, STORE *y, bn_index n,
                                       const REAL *head, const REAL *scale, const REAL *shift,
                                       const int rows, const int add, const int relu)
 {
     bn_index c = 0;
     for (; c + FN(SIZE) <= n; c += FN(SIZE)) {
-        const FN(vector) h = FN(get)(head + c), s = FN(get)(scale + c), t = FN(get)(shift + c);
+        const FN(vector) h = FN(factors)(head + c), s = FN(factors)(scale + c), t = FN(factors)(shift + c);
         _Pragma("GCC unroll 4") for (int row = 0; row < rows; row++)
         {
             const bn_index i = row * n + c;
@@ -162,10 +164,11 @@ BN_INLINE void FN(affine_rows_as)(const REAL *x, const REAL *residual, REAL *y, 
     }
     for (; c < n; c++)
         for (bn_index i = c; i < rows * n; i += n)
-            y[i] = FN(affine)(x[i], add ? residual[i] : 0, head[c], scale[c], shift[c], add, relu);
+            y[i] = FN(affine_one)(x + i, add ? residual + i : NULL, head[c], scale[c], shift[c],
+                                  relu);
 }
 
-static inline void FN(affine_rows)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+static inline void FN(affine_rows)(const STORE *x, const STORE *residual, STORE *y, bn_index n,
                                    const REAL *head, const REAL *scale, const REAL *shift,
                                    const int rows, int relu)
 {
@@ -181,18 +184,18 @@ static inline void FN(affine_rows)(const REAL *x, const REAL *residual, REAL *y,
 
 /* A part of a row where some channels do not fit: these take the double path alone, so that no
    other channel's bits change. */
-static inline void FN(affine_mixed)(const REAL *x, const REAL *residual, REAL *y, bn_index n,
+static inline void FN(affine_mixed)(const STORE *x, const STORE *residual, STORE *y, bn_index n,
                                     const REAL *head, const REAL *scale, const REAL *shift,
                                     const bn_affines *of)
 {
     for (bn_index c = 0; c < n; c++) {
-        const REAL *r = residual ? residual + c : NULL;
+        const STORE *r = residual ? residual + c : NULL;
         const bn_affine affine = FN(affine_of)(of, c);
         if (FN(affine_fits)(affine))
             FN(affine_run)(x + c, r, y + c, 1, head + c, scale + c, shift + c, 0, NULL, 0,
                            of->relu);
         else
-            y[c] = FN(affine_wide)(x[c], r, affine, of->relu);
+            y[c] = FN(affine_wide)(x + c, r, affine, of->relu);
     }
 }
 
@@ -200,15 +203,15 @@ static inline void FN(affine_mixed)(const REAL *x, const REAL *residual, REAL *y
 static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes, char *y_bytes,
                                  bn_index elements, bn_affines of)
 {
-    const REAL *x = (const REAL *)x_bytes, *residual = (const REAL *)residual_bytes;
+    const STORE *x = (const STORE *)x_bytes, *residual = (const STORE *)residual_bytes;
     const REAL *head = (const REAL *)of.packed, *scale = head + of.width;
     const REAL *shift = scale + of.width;
-    REAL *y = (REAL *)y_bytes;
+    STORE *y = (STORE *)y_bytes;
     FN(pending) pending;
     FN(pending) *const stream = of.stream && of.width >= FN(LINE) ? &pending : NULL;
     FN(begin)(&pending);
     for (bn_index at = 0, n; at < elements; at += n) {
-        const REAL *r = residual ? residual + at : NULL;
+        const STORE *r = residual ? residual + at : NULL;
         n = bn_min(of.width, elements - at);
         if (of.fits && stream && n == of.width) {
             FN(affine_run)(x + at, r, y + at, n, head, scale, shift, 0, stream, 1, of.relu);

@@ -7,11 +7,11 @@
        |<------------stride---------->|
 
    A width of few channels is folded by the driver: several rows are taken as one wide row, and
-   every vector that goes with it is repeated.  Needs REAL, FN, BN_IS_DOUBLE, gradient.h. */
+   every vector that goes with it is repeated.  Needs STORE, FN, BN_IS_DOUBLE, gradient.h. */
 
 /* The sums over `rows` rows of x of the deviations from `first` and of their squares are added to
    those of each column: these are loaded and stored once for all of the rows. */
-BN_INLINE void FN(add_rows)(const REAL *x, bn_index width, bn_index stride, bn_index ahead,
+BN_INLINE void FN(add_rows)(const STORE *x, bn_index width, bn_index stride, bn_index ahead,
                                 const double *first, double *off, double *square, const int rows)
 {
     bn_index c = 0;
@@ -20,7 +20,7 @@ BN_INLINE void FN(add_rows)(const REAL *x, bn_index width, bn_index stride, bn_i
         FN(wide) deviations = {0}, squares = {0};
         _Pragma("GCC unroll 8") for (int row = 0; row < rows; row++)
         {
-            const REAL *const at = x + row * stride + c;
+            const STORE *const at = x + row * stride + c;
             const FN(wide) d = FN(load)(at) - from;
             if (ahead && c % FN(LINE) == 0)
                 BN_PREFETCH(at + ahead);
@@ -32,14 +32,14 @@ BN_INLINE void FN(add_rows)(const REAL *x, bn_index width, bn_index stride, bn_i
     }
     for (; c < width; c++)
         for (int row = 0; row < rows; row++) {
-            const double d = x[row * stride + c] - first[c];
+            const double d = FN(raise_one)(x[row * stride + c]) - first[c];
             off[c] += d;
             square[c] = FN(wide_mad)(d, d, square[c]);
         }
 }
 
 /* The same for dy, where y is NULL or positive, and for its products with x - mean. */
-BN_INLINE void FN(add_product_rows)(const REAL *dy, const REAL *x, const REAL *y,
+BN_INLINE void FN(add_product_rows)(const STORE *dy, const STORE *x, const STORE *y,
                                         bn_index width, bn_index stride, bn_index ahead,
                                         const double *mean, double *sum_dy, double *sum_dy_x,
                                         const int rows)
@@ -64,15 +64,25 @@ BN_INLINE void FN(add_product_rows)(const REAL *dy, const REAL *x, const REAL *y
     }
     for (; c < width; c++)
         for (int row = 0; row < rows; row++) {
-            const double g = FN(masked)(dy, y, row * stride + c);
+            const bn_index at = row * stride + c;
+            const double g = FN(raise_one)(FN(masked)(dy, y, at));
             sum_dy[c] += g;
-            sum_dy_x[c] = FN(wide_mad)(g, x[row * stride + c] - mean[c], sum_dy_x[c]);
+            sum_dy_x[c] = FN(wide_mad)(g, FN(raise_one)(x[at]) - mean[c], sum_dy_x[c]);
         }
+}
+
+static inline void FN(add_row)(const STORE *x, bn_index width, double *sum)
+{
+    bn_index c = 0;
+    for (; c + FN(WIDTH) <= width; c += FN(WIDTH))
+        FN(add_vector)(sum + c, FN(load)(x + c));
+    for (; c < width; c++)
+        sum[c] += FN(raise_one)(x[c]);
 }
 
 /* Moments of a block of up to BN_COLUMNS columns. The first mean is that of the block, or, for
    float32, of its first rows: see row_moments. */
-static inline void FN(block_moments)(const REAL *x, bn_index rows, bn_index width, bn_index stride,
+static inline void FN(block_moments)(const STORE *x, bn_index rows, bn_index width, bn_index stride,
                                      bn_index ahead, bn_moments *moments)
 {
     double first[BN_COLUMNS], off[BN_COLUMNS], square[BN_COLUMNS];
@@ -80,8 +90,7 @@ static inline void FN(block_moments)(const REAL *x, bn_index rows, bn_index widt
     for (bn_index c = 0; c < width; c++)
         first[c] = off[c] = square[c] = 0.0;
     for (bn_index row = 0; row < sample; row++)
-        for (bn_index c = 0; c < width; c++)
-            first[c] += x[row * stride + c];
+        FN(add_row)(x + row * stride, width, first);
     for (bn_index c = 0; c < width; c++)
         first[c] /= (double)sample;
     bn_index row = 0;
@@ -103,7 +112,7 @@ static inline bn_index FN(block_rows)(bn_index width)
 static void FN(column_moments)(const char *x_bytes, bn_index rows, bn_index width, bn_index stride,
                                bn_index ahead, bn_moments *moments)
 {
-    const REAL *x = (const REAL *)x_bytes;
+    const STORE *x = (const STORE *)x_bytes;
     const bn_index step = FN(block_rows)(width);
     if (rows <= step) {
         FN(block_moments)(x, rows, width, stride, ahead, moments);
@@ -125,7 +134,7 @@ static void FN(column_moments)(const char *x_bytes, bn_index rows, bn_index widt
 
 /* The two sums of a block of up to BN_COLUMNS columns. Beyond the cache one row at a time would take
    0.9 times the time, but then the bits would tell the size of the cache. */
-BN_INLINE void FN(block_sums)(const REAL *dy, const REAL *x, const REAL *y, bn_index rows,
+BN_INLINE void FN(block_sums)(const STORE *dy, const STORE *x, const STORE *y, bn_index rows,
                                   bn_index width, bn_index stride, bn_index ahead,
                                   const double *mean, double *sum_dy, double *sum_dy_x)
 {
@@ -153,8 +162,8 @@ static void FN(column_sums)(const char *dy_bytes, const char *x_bytes, const cha
                             bn_index rows, bn_index width, bn_index stride, bn_index ahead,
                             const double *mean, double *sum_dy, double *sum_dy_x)
 {
-    const REAL *dy = (const REAL *)dy_bytes, *x = (const REAL *)x_bytes;
-    const REAL *y = (const REAL *)y_bytes;
+    const STORE *dy = (const STORE *)dy_bytes, *x = (const STORE *)x_bytes;
+    const STORE *y = (const STORE *)y_bytes;
     const bn_index step = FN(block_rows)(width);
     for (bn_index c = 0; c < width; c++)
         sum_dy[c] = sum_dy_x[c] = 0.0;

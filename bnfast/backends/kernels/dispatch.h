@@ -1,8 +1,10 @@
 /* The row kernels, compiled once per instruction set and dtype, and the table to choose from.
 
    dispatch.h    this file: instruction sets, the table of function pointers, the choice
-   precision.h   included once per instruction set: the files below for float and for double
+   precision.h   included once per instruction set: the files below for every dtype
+   instance.h    these files, for one dtype
    vectors.h     vectors of elements and of sums
+   storage.h     from what arrays hold to what is computed in, and back
    stream.h      stores past the cache
    affine.h      the result of the forward pass
    gradient.h    the result of the backward pass
@@ -93,7 +95,7 @@ typedef struct {
     bn_index runs, length, stride, channels, apart;
 } bn_tile;
 
-/* What an elementwise kernel multiplies with and adds: in the dtype of x for each of `width`
+/* What an elementwise kernel multiplies with and adds: in REAL for each of `width`
    columns of a wide row (or channels), one vector behind the other, and in double for each channel.
    While it sends a run past the cache it asks for what lies `ahead`, if that is not 0. */
 typedef struct {
@@ -111,7 +113,8 @@ typedef struct {
 } bn_gradients;
 
 typedef struct {
-    bn_index itemsize;
+    bn_index itemsize;     /* bytes of an element */
+    bn_index factor_size;  /* and of a factor or an offset */
     void (*row_moments)(const char *x, bn_tile tile, bn_index ahead, bn_moments *moments);
     void (*row_sums)(const char *dy, const char *x, const char *y, bn_tile tile, bn_index ahead,
                      const double *mean, bn_sums *sums);
@@ -173,13 +176,20 @@ static inline bn_moments bn_moved(bn_moments moments, double by)
 /* How far the mean of `a` is from the first mean of `b`. */
 static inline double bn_distance(bn_moments a, bn_moments b) { return (a.mean - b.mean) + a.low; }
 
+#define BN_TO_NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+
+/* BN_STORAGE: what arrays hold. */
+#define BN_PLAIN 0
+#define BN_HALF 1
+#define BN_BFLOAT 2
+
 #define BN_JOIN_(a, b, c) a##_##b##_##c
 #define BN_JOIN(a, b, c) BN_JOIN_(a, b, c)
 
 /* The baseline is what the file is compiled for. */
 #if defined(__AVX512F__)
 #define BN_LEVEL 2
-#elif defined(__AVX2__) && defined(__FMA__)
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define BN_LEVEL 1
 #else
 #define BN_LEVEL 0
@@ -193,7 +203,7 @@ static inline double bn_distance(bn_moments a, bn_moments b) { return (a.mean - 
 #define BN_HAVE_X86_LEVELS 1
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("sse4.2,popcnt,avx2,fma,f16c,bmi,bmi2,lzcnt,movbe")
@@ -205,7 +215,7 @@ static inline double bn_distance(bn_moments a, bn_moments b) { return (a.mean - 
 #undef BN_LEVEL
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -224,12 +234,15 @@ static inline double bn_distance(bn_moments a, bn_moments b) { return (a.mean - 
 #endif
 #endif
 
-/* Row i: instruction set i; columns: float, double. */
-static const bn_kernels *const bn_table[][2] = {
-    {&BN_JOIN(kernels, float, baseline), &BN_JOIN(kernels, double, baseline)},
+/* Row i: instruction set i; columns: float, double, float16, bfloat16. */
+#define BN_ROW(target)                                                                             \
+    {&BN_JOIN(kernels, float, target), &BN_JOIN(kernels, double, target),                          \
+     &BN_JOIN(kernels, half, target), &BN_JOIN(kernels, bfloat, target)}
+static const bn_kernels *const bn_table[][4] = {
+    BN_ROW(baseline),
 #ifdef BN_HAVE_X86_LEVELS
-    {&BN_JOIN(kernels, float, v3), &BN_JOIN(kernels, double, v3)},
-    {&BN_JOIN(kernels, float, v4), &BN_JOIN(kernels, double, v4)},
+    BN_ROW(v3),
+    BN_ROW(v4),
 #endif
 };
 

@@ -1,28 +1,30 @@
 /* dx = g * g_scale + ((x - mean) * x_scale + shift), and dresidual = g: dy where y is absent or
-   positive, else 0. Stretches as in affine.h.  Needs REAL, FN, BN_IS_DOUBLE, affine.h. */
+   positive, else 0. Stretches as in affine.h.  Needs REAL, STORE, FN, BN_IS_DOUBLE, affine.h. */
 
-static inline REAL FN(masked)(const REAL *dy, const REAL *y, bn_index i)
+static inline STORE FN(masked)(const STORE *dy, const STORE *y, bn_index i)
 {
-    return !y || y[i] > 0 ? dy[i] : 0;
+    return !y || FN(positive)(y[i]) ? dy[i] : 0;
 }
 
-BN_INLINE FN(vector) FN(masked_each)(const REAL *dy, const REAL *y, bn_index i)
+BN_INLINE FN(vector) FN(masked_each)(const STORE *dy, const STORE *y, bn_index i)
 {
     const FN(vector) g = FN(get)(dy + i);
     return y ? FN(where)(FN(get)(y + i) > 0, g) : g;
 }
 
 /* Where x_scale is 0, as in eval mode, x does not matter, whatever it holds. */
-static inline REAL FN(gradient)(REAL g, REAL x, REAL head, REAL g_scale, REAL x_scale, REAL shift)
+static inline STORE FN(gradient)(STORE g, STORE x, REAL head, REAL g_scale, REAL x_scale,
+                                 REAL shift)
 {
-    const REAL off = x_scale == 0 ? 0 : x - head;
-    return FN(mad)(g, g_scale, FN(mad)(off, x_scale, shift));
+    const REAL off = x_scale == 0 ? 0 : FN(raise_one)(x) - head;
+    return FN(round_one)(FN(mad)(FN(raise_one)(g), g_scale, FN(mad)(off, x_scale, shift)));
 }
 
-static inline REAL FN(gradient_wide)(REAL g, REAL x, bn_gradient gradient)
+static inline STORE FN(gradient_wide)(STORE g, STORE x, bn_gradient gradient)
 {
-    const double spread = gradient.x_scale == 0 ? 0 : (x - gradient.mean) * gradient.x_scale;
-    return (REAL)(g * gradient.g_scale + (spread + gradient.shift));
+    const double spread =
+        gradient.x_scale == 0 ? 0 : (FN(raise_one)(x) - gradient.mean) * gradient.x_scale;
+    return FN(round_one)((REAL)(FN(raise_one)(g) * gradient.g_scale + (spread + gradient.shift)));
 }
 
 static inline int FN(gradient_fits)(bn_gradient gradient)
@@ -60,16 +62,17 @@ static int FN(pack_gradient)(const double *mean, const double *g_scale, const do
 }
 
 /* SIZE elements from i on; `uses` is set where x_scale is not 0. */
-BN_INLINE FN(vector) FN(gradient_each)(const REAL *dy, const REAL *x, const REAL *y, bn_index i,
+BN_INLINE FN(stored) FN(gradient_each)(const STORE *dy, const STORE *x, const STORE *y, bn_index i,
                                            FN(vector) head, FN(vector) g_scale,
                                            FN(vector) x_scale, FN(vector) shift, FN(mask) uses)
 {
     const FN(vector) off = FN(where)(uses, FN(get)(x + i) - head);
-    return FN(mad_each)(FN(masked_each)(dy, y, i), g_scale, FN(mad_each)(off, x_scale, shift));
+    const FN(vector) g = FN(masked_each)(dy, y, i);
+    return FN(round)(FN(mad_each)(g, g_scale, FN(mad_each)(off, x_scale, shift)));
 }
 
 /* As affine_run_as: dx may be dy. */
-BN_INLINE void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+BN_INLINE void FN(gradient_run)(const STORE *dy, const STORE *x, const STORE *y, STORE *dx,
                                     bn_index n, const REAL *heads, const REAL *g_scales,
                                     const REAL *x_scales, const REAL *shifts,
                                     bn_index ahead, FN(pending) *pending, const int step)
@@ -80,11 +83,11 @@ BN_INLINE void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, RE
     if (!step && *x_scales == 0)
         x = dy; /* which is read anyway */
 #define BN_MAKE(i)                                                                                 \
-    FN(gradient_each)(dy, x, y, i, step ? FN(get)(heads + (i)) : head,                             \
-                      step ? FN(get)(g_scales + (i)) : g_scale,                                    \
-                      step ? FN(get)(x_scales + (i)) : x_scale,                                    \
-                      step ? FN(get)(shifts + (i)) : shift,                                        \
-                      step ? FN(get)(x_scales + (i)) != 0 : uses)
+    FN(gradient_each)(dy, x, y, i, step ? FN(factors)(heads + (i)) : head,                             \
+                      step ? FN(factors)(g_scales + (i)) : g_scale,                                    \
+                      step ? FN(factors)(x_scales + (i)) : x_scale,                                    \
+                      step ? FN(factors)(shifts + (i)) : shift,                                        \
+                      step ? FN(factors)(x_scales + (i)) != 0 : uses)
 #define BN_ASK(i)                                                                                  \
     if (ahead) {                                                                                   \
         BN_PREFETCH(dy + (i) + ahead);                                                             \
@@ -98,7 +101,7 @@ BN_INLINE void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, RE
                                  x_scales[step * i], shifts[step * i]);
     } else {
         const bn_index last = n - FN(SIZE);
-        const FN(vector) end = BN_MAKE(last);
+        const FN(stored) end = BN_MAKE(last);
         for (bn_index i = 0; i < last; i += FN(SIZE))
             FN(put)(dx + i, BN_MAKE(i));
         FN(put)(dx + last, end);
@@ -108,14 +111,14 @@ BN_INLINE void FN(gradient_run)(const REAL *dy, const REAL *x, const REAL *y, RE
 }
 
 /* As affine_rows_as. */
-BN_INLINE void FN(gradient_rows)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+BN_INLINE void FN(gradient_rows)(const STORE *dy, const STORE *x, const STORE *y, STORE *dx,
                                      bn_index n, const REAL *head, const REAL *g_scale,
                                      const REAL *x_scale, const REAL *shift, const int rows)
 {
     bn_index c = 0;
     for (; c + FN(SIZE) <= n; c += FN(SIZE)) {
-        const FN(vector) h = FN(get)(head + c), g = FN(get)(g_scale + c);
-        const FN(vector) s = FN(get)(x_scale + c), t = FN(get)(shift + c);
+        const FN(vector) h = FN(factors)(head + c), g = FN(factors)(g_scale + c);
+        const FN(vector) s = FN(factors)(x_scale + c), t = FN(factors)(shift + c);
         const FN(mask) uses = s != 0;
         _Pragma("GCC unroll 4") for (int row = 0; row < rows; row++)
             FN(put)(dx + row * n + c, FN(gradient_each)(dy, x, y, row * n + c, h, g, s, t, uses));
@@ -127,13 +130,13 @@ BN_INLINE void FN(gradient_rows)(const REAL *dy, const REAL *x, const REAL *y, R
 }
 
 /* A part of a row of channels some of which do not fit. */
-static inline void FN(gradient_mixed)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
+static inline void FN(gradient_mixed)(const STORE *dy, const STORE *x, const STORE *y, STORE *dx,
                                       bn_index n, const REAL *head, const REAL *g_scale,
                                       const REAL *x_scale, const REAL *shift,
                                       const bn_gradients *of)
 {
     for (bn_index c = 0; c < n; c++) {
-        const REAL g = FN(masked)(dy, y, c);
+        const STORE g = FN(masked)(dy, y, c);
         const bn_gradient gradient = FN(gradient_of)(of, c);
         dx[c] = FN(gradient_fits)(gradient)
                     ? FN(gradient)(g, x[c], head[c], g_scale[c], x_scale[c], shift[c])
@@ -142,12 +145,12 @@ static inline void FN(gradient_mixed)(const REAL *dy, const REAL *x, const REAL 
 }
 
 /* dresidual of a stretch. It is written before dx, which may be dy. */
-static inline void FN(pass_on)(const REAL *dy, const REAL *y, REAL *dresidual, bn_index n,
+static inline void FN(pass_on)(const STORE *dy, const STORE *y, STORE *dresidual, bn_index n,
                                int stream)
 {
     FN(pending) pending;
     FN(begin)(&pending);
-#define BN_MAKE(i) FN(masked_each)(dy, y, i)
+#define BN_MAKE(i) FN(round)(FN(masked_each)(dy, y, i))
     if (stream && n >= FN(LINE))
         BN_SEND(&pending, dresidual, n, BN_MAKE, (void));
     else
@@ -158,8 +161,8 @@ static inline void FN(pass_on)(const REAL *dy, const REAL *y, REAL *dresidual, b
 }
 
 /* Adjacent runs of `length` elements, the first of them of channel c, round and round. */
-BN_INLINE void FN(row_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
-                                       REAL *dresidual, bn_index elements, bn_index length,
+BN_INLINE void FN(row_gradient_as)(const STORE *dy, const STORE *x, const STORE *y, STORE *dx,
+                                       STORE *dresidual, bn_index elements, bn_index length,
                                        bn_gradients of, bn_index c)
 {
     const REAL *head = (const REAL *)of.packed, *g_scale = head + of.width;
@@ -168,7 +171,7 @@ BN_INLINE void FN(row_gradient_as)(const REAL *dy, const REAL *x, const REAL *y,
     FN(pending) *const stream = of.stream && length >= FN(LINE) ? &pending : NULL;
     FN(begin)(&pending);
     for (bn_index at = 0; at < elements; at += length) {
-        const REAL *mask = y ? y + at : NULL;
+        const STORE *mask = y ? y + at : NULL;
         if (dresidual)
             FN(pass_on)(dy + at, mask, dresidual + at, length, of.stream);
         if (of.fits || FN(gradient_fits)(FN(gradient_of)(&of, c))) {
@@ -189,16 +192,16 @@ static void FN(row_gradient)(const char *dy, const char *x, const char *y, char 
                              bn_index c)
 {
     if (y)
-        FN(row_gradient_as)((const REAL *)dy, (const REAL *)x, (const REAL *)y, (REAL *)dx,
-                            (REAL *)dresidual, elements, length, of, c);
+        FN(row_gradient_as)((const STORE *)dy, (const STORE *)x, (const STORE *)y, (STORE *)dx,
+                            (STORE *)dresidual, elements, length, of, c);
     else
-        FN(row_gradient_as)((const REAL *)dy, (const REAL *)x, NULL, (REAL *)dx, (REAL *)dresidual,
+        FN(row_gradient_as)((const STORE *)dy, (const STORE *)x, NULL, (STORE *)dx, (STORE *)dresidual,
                             elements, length, of, c);
 }
 
 /* Adjacent elements from the first column on; they may end within a row. */
-BN_INLINE void FN(column_gradient_as)(const REAL *dy, const REAL *x, const REAL *y, REAL *dx,
-                                          REAL *dresidual, bn_index elements, bn_gradients of)
+BN_INLINE void FN(column_gradient_as)(const STORE *dy, const STORE *x, const STORE *y, STORE *dx,
+                                          STORE *dresidual, bn_index elements, bn_gradients of)
 {
     const REAL *head = (const REAL *)of.packed, *g_scale = head + of.width;
     const REAL *x_scale = g_scale + of.width, *shift = x_scale + of.width;
@@ -206,7 +209,7 @@ BN_INLINE void FN(column_gradient_as)(const REAL *dy, const REAL *x, const REAL 
     FN(pending) *const stream = of.stream && of.width >= FN(LINE) ? &pending : NULL;
     FN(begin)(&pending);
     for (bn_index at = 0, n; at < elements; at += n) {
-        const REAL *mask = y ? y + at : NULL;
+        const STORE *mask = y ? y + at : NULL;
         n = bn_min(of.width, elements - at);
         if (of.fits && !stream && at + 4 * n <= elements)
             n *= 4;
@@ -234,9 +237,9 @@ static void FN(column_gradient)(const char *dy, const char *x, const char *y, ch
                                 char *dresidual, bn_index elements, bn_gradients of)
 {
     if (y)
-        FN(column_gradient_as)((const REAL *)dy, (const REAL *)x, (const REAL *)y, (REAL *)dx,
-                               (REAL *)dresidual, elements, of);
+        FN(column_gradient_as)((const STORE *)dy, (const STORE *)x, (const STORE *)y, (STORE *)dx,
+                               (STORE *)dresidual, elements, of);
     else
-        FN(column_gradient_as)((const REAL *)dy, (const REAL *)x, NULL, (REAL *)dx,
-                               (REAL *)dresidual, elements, of);
+        FN(column_gradient_as)((const STORE *)dy, (const STORE *)x, NULL, (STORE *)dx,
+                               (STORE *)dresidual, elements, of);
 }

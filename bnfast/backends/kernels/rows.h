@@ -10,21 +10,21 @@
    which are then added to those of its channel: float32 data at a large mean has few distinct
    deviations, whose squares round the same way each time, and an error that grows with the length
    of a chain must not find a long one. What is left at the end of a run is a step of 16 that
-   overlaps the one before. Runs below 16 elements are gathered into one.  Needs REAL, FN,
+   overlaps the one before. Runs below 16 elements are gathered into one.  Needs REAL, STORE, FN,
    BN_IS_DOUBLE, vectors.h. */
 
 static inline bn_index FN(piece)(bn_index left) { return left < 2 * BN_CHAIN ? left : BN_CHAIN; }
 
 /* Short runs are gathered behind 16 zeros, in which the overlapping step may begin. */
 typedef struct {
-    REAL room[BN_LANES + BN_CHAIN];
+    STORE room[BN_LANES + BN_CHAIN];
 } FN(short_runs);
 
-static const REAL *FN(gather)(const REAL *x, bn_index runs, bn_index n, bn_index stride,
+static const STORE *FN(gather)(const STORE *x, bn_index runs, bn_index n, bn_index stride,
                               FN(short_runs) *gathered)
 {
-    REAL *const elements = gathered->room + BN_LANES, *to = elements;
-    memset(gathered->room, 0, BN_LANES * sizeof(REAL));
+    STORE *const elements = gathered->room + BN_LANES, *to = elements;
+    memset(gathered->room, 0, BN_LANES * sizeof(STORE));
     for (bn_index run = 0; run < runs; run++, x += stride)
         for (bn_index i = 0; i < n; i++)
             *to++ = x[i];
@@ -39,7 +39,7 @@ typedef struct {
 
 #if BN_IS_DOUBLE
 /* The sum of n elements, 16 or more, in lanes. */
-BN_NOINLINE static void FN(add)(const REAL *x, bn_index n, double *sum)
+BN_NOINLINE static void FN(add)(const STORE *x, bn_index n, double *sum)
 {
     const bn_index rest = n % BN_LANES;
     FN(lanes) total = {0};
@@ -55,7 +55,7 @@ BN_NOINLINE static void FN(add)(const REAL *x, bn_index n, double *sum)
 #endif
 
 /* The sums of the deviations from the channel's first value (a), and of their squares (b). */
-BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index runs, bn_index n, bn_index stride,
+BN_NOINLINE static void FN(add_squares)(const STORE *x, bn_index runs, bn_index n, bn_index stride,
                                         bn_index ahead, FN(channel) *to)
 {
     const bn_index rest = n % BN_LANES;
@@ -64,7 +64,7 @@ BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index runs, bn_index n
     for (bn_index run = 0; run < runs; run++, x += stride) {
 #define BN_ONE(i, k)                                                                               \
     do {                                                                                           \
-        const REAL *const at = x + (i) + (k) * FN(WIDTH);                                          \
+        const STORE *const at = x + (i) + (k) * FN(WIDTH);                                          \
         const FN(wide) d = FN(load)(at) - first;                                                   \
         off.part[k] += d;                                                                          \
         squares.part[k] = FN(wide_mad_each)(d, d, squares.part[k]);                                \
@@ -86,7 +86,7 @@ BN_NOINLINE static void FN(add_squares)(const REAL *x, bn_index runs, bn_index n
 }
 
 /* The sums of g (a) and of g * (x - first) (b), g being dy where y is NULL or positive. */
-BN_INLINE void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
+BN_INLINE void FN(add_products)(const STORE *dy, const STORE *x, const STORE *y, bn_index runs,
                                     bn_index n, bn_index stride, bn_index ahead, FN(channel) *to)
 {
     const bn_index rest = n % BN_LANES;
@@ -120,7 +120,7 @@ BN_INLINE void FN(add_products)(const REAL *dy, const REAL *x, const REAL *y, bn
     FN(add_lanes)(to->b, gx_sum);
 }
 
-BN_NOINLINE static void FN(add_plain)(const REAL *dy, const REAL *x, bn_index runs, bn_index n,
+BN_NOINLINE static void FN(add_plain)(const STORE *dy, const STORE *x, bn_index runs, bn_index n,
                                       bn_index stride, bn_index ahead, FN(channel) *to)
 {
     if (ahead)
@@ -129,7 +129,7 @@ BN_NOINLINE static void FN(add_plain)(const REAL *dy, const REAL *x, bn_index ru
         FN(add_products)(dy, x, NULL, runs, n, stride, 0, to);
 }
 
-BN_NOINLINE static void FN(add_masked)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
+BN_NOINLINE static void FN(add_masked)(const STORE *dy, const STORE *x, const STORE *y, bn_index runs,
                                        bn_index n, bn_index stride, bn_index ahead,
                                        FN(channel) *to)
 {
@@ -138,7 +138,7 @@ BN_NOINLINE static void FN(add_masked)(const REAL *dy, const REAL *x, const REAL
 
 /* The mean of the first elements of a channel, a guess that the deviations will correct; of all of
    them for float64, whose deviations from a guess would round. */
-static inline double FN(first_mean)(const REAL *x, bn_index runs, bn_index length, bn_index stride)
+static inline double FN(first_mean)(const STORE *x, bn_index runs, bn_index length, bn_index stride)
 {
 #if BN_IS_DOUBLE
     FN(short_runs) gathered;
@@ -164,7 +164,7 @@ static inline double FN(first_mean)(const REAL *x, bn_index runs, bn_index lengt
         BN_EACH(k, 1) FN(add_vector)(some + k * FN(WIDTH), FN(load)(x + k * FN(WIDTH)));
     else
         for (bn_index i = 0; i < n; i++)
-            some[i] = x[i];
+            some[i] = FN(raise_one)(x[i]);
     return FN(total)(some) / (double)n;
 #endif
 }
@@ -187,7 +187,7 @@ static inline bn_index FN(runs_at_once)(bn_tile tile)
 /* Moments of a tile of up to BN_GROUP channels. */
 static void FN(row_moments)(const char *x_bytes, bn_tile tile, bn_index ahead, bn_moments *moments)
 {
-    const REAL *x = (const REAL *)x_bytes;
+    const STORE *x = (const STORE *)x_bytes;
     const double count = (double)tile.runs * (double)tile.length;
     FN(channel) channel[BN_GROUP];
     FN(short_runs) gathered;
@@ -197,7 +197,7 @@ static void FN(row_moments)(const char *x_bytes, bn_tile tile, bn_index ahead, b
     for (bn_index run = 0, runs; run < tile.runs; run += runs) {
         runs = bn_min(FN(runs_at_once)(tile), tile.runs - run);
         for (bn_index c = 0; c < tile.channels; c++) {
-            const REAL *p = x + run * tile.stride + c * tile.apart;
+            const STORE *p = x + run * tile.stride + c * tile.apart;
             if (tile.length < BN_LANES)
                 FN(add_squares)(FN(gather)(p, runs, tile.length, tile.stride, &gathered), 1,
                                 runs * tile.length, 0, 0, channel + c);
@@ -212,7 +212,7 @@ static void FN(row_moments)(const char *x_bytes, bn_tile tile, bn_index ahead, b
                                   FN(total)(channel[c].b), count);
 }
 
-static inline void FN(add_runs)(const REAL *dy, const REAL *x, const REAL *y, bn_index runs,
+static inline void FN(add_runs)(const STORE *dy, const STORE *x, const STORE *y, bn_index runs,
                                 bn_index n, bn_index stride, bn_index ahead, FN(channel) *to)
 {
     if (y)
@@ -225,8 +225,8 @@ static inline void FN(add_runs)(const REAL *dy, const REAL *x, const REAL *y, bn
 static void FN(row_sums)(const char *dy_bytes, const char *x_bytes, const char *y_bytes,
                          bn_tile tile, bn_index ahead, const double *mean, bn_sums *sums)
 {
-    const REAL *dy = (const REAL *)dy_bytes, *x = (const REAL *)x_bytes;
-    const REAL *y = (const REAL *)y_bytes;
+    const STORE *dy = (const STORE *)dy_bytes, *x = (const STORE *)x_bytes;
+    const STORE *y = (const STORE *)y_bytes;
     FN(channel) channel[BN_GROUP];
     FN(short_runs) dy_runs, x_runs, y_runs;
     FN(open_channels)(channel, tile.channels);

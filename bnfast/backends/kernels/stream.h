@@ -3,27 +3,27 @@
    Only whole lines can go that way, and runs begin and end within lines. So a line that a run leaves
    unfinished waits for the next one, which begins where it ended: 7x7 planes are sent as whole lines
    too. Each line is made and sent at once; making many first was slower than ordinary stores, since
-   then nothing is read while lines are on their way out.  Needs REAL, FN, vectors.h. */
+   then nothing is read while lines are on their way out.  Needs STORE, FN, vectors.h. */
 
 /* A line of which the results [from, fill) are there, with room for a line before and behind it.
    Nothing is there if fill is 0. */
 typedef struct {
-    _Alignas(64) REAL room[3 * FN(LINE)];
+    _Alignas(64) STORE room[3 * FN(LINE)];
     bn_index from, fill;
 } FN(pending);
 
 static inline void FN(begin)(FN(pending) *pending) { pending->from = pending->fill = 0; }
 
 /* Store what is there; `y` is where the result behind the last of them goes. */
-static inline void FN(end)(FN(pending) *pending, REAL *y)
+static inline void FN(end)(FN(pending) *pending, STORE *y)
 {
-    const REAL *line = pending->room + FN(LINE);
+    const STORE *line = pending->room + FN(LINE);
     const bn_index from = pending->from, n = pending->fill - from;
     if (n == FN(LINE))
         for (int k = 0; k < FN(LINE); k += FN(SIZE))
-            FN(send)(y - n + k, FN(get)(line + k));
+            FN(send)(y - n + k, FN(peek)(line + k));
     else if (n)
-        memcpy(y - n, line + from, n * sizeof(REAL));
+        memcpy(y - n, line + from, n * sizeof(STORE));
     FN(begin)(pending);
 }
 
@@ -31,8 +31,8 @@ static inline void FN(end)(FN(pending) *pending, REAL *y)
    ask(i) is done once a line. */
 #define BN_SEND(pending, y, n, make, ask)                                                          \
     do {                                                                                           \
-        REAL *const line_ = (pending)->room + FN(LINE);                                            \
-        const bn_index begun_ = (bn_index)((uintptr_t)(y) % 64 / sizeof(REAL));                    \
+        STORE *const line_ = (pending)->room + FN(LINE);                                            \
+        const bn_index begun_ = (bn_index)((uintptr_t)(y) % 64 / sizeof(STORE));                    \
         bn_index i_ = 0;                                                                           \
         if (begun_) {                                                                              \
             if ((pending)->fill == 0)                                                              \

@@ -16,7 +16,7 @@ typedef void (*bn_task)(bn_call *, bn_index);
 /* Repeat what was packed of some channels for the other rows of a wide row. */
 static inline void bn_repeat_packed(const bn_call *call, bn_index first, bn_index size, int vectors)
 {
-    const bn_index itemsize = call->kernels->itemsize;
+    const bn_index itemsize = call->kernels->factor_size;
     for (int vector = 0; vector < vectors; vector++) {
         char *const from = call->packed + (vector * call->width + first) * itemsize;
         for (bn_index row = 1; row < call->fold; row++)
@@ -29,7 +29,7 @@ static int bn_find_affine(bn_call *call, bn_index first, bn_index size)
     const int fits = call->kernels->find_affine(
         call->mean + first, (call->var ? call->var : call->m2) + first,
         call->var ? 1.0 : call->count, call->weight + first, call->bias + first, call->eps, size,
-        call->width, call->scale + first, call->packed + first * call->kernels->itemsize);
+        call->width, call->scale + first, call->packed + first * call->kernels->factor_size);
     bn_repeat_packed(call, first, size, 3);
     return fits;
 }
@@ -49,7 +49,7 @@ static int bn_find_gradient(bn_call *call, bn_index first, bn_index size)
     }
     const int fits = call->kernels->pack_gradient(
         call->mean + first, g_scale + first, x_scale + first, shift + first, size, call->width,
-        call->packed + first * call->kernels->itemsize);
+        call->packed + first * call->kernels->factor_size);
     bn_repeat_packed(call, first, size, 4);
     return fits;
 }

@@ -4,7 +4,8 @@
    inlined into: the same two lines were three times slower in one place than in the other. Sums are
    taken in 16 lanes. Lane k takes the elements k, 16 + k, ... of a run, whatever the vector width.
    Where there are registers for it (AVX-512) even and odd steps of 16 have sums of their own, since
-   an addition takes longer than a step otherwise needs.  Needs REAL, FN, BN_IS_DOUBLE. */
+   an addition takes longer than a step otherwise needs.  Needs REAL, STORE, FN, BN_IS_DOUBLE,
+   BN_STORAGE. */
 
 #if BN_LEVEL == 2
 #define BN_VECTOR 64
@@ -17,17 +18,21 @@
 #define BN_STEPS 1
 #endif
 
-/* Results are made in at most 32 bytes at a time: on runs that do not begin with a line every access
-   to 64 takes two lines (7x7 planes, in the cache: 1.3 times slower), and on others nothing is
-   gained. */
-#define BN_SMALL_VECTOR (BN_VECTOR < 32 ? BN_VECTOR : 32)
+/* Results are stored in at most 32 bytes at a time: on runs that do not begin with a line every
+   access to 64 takes two lines (7x7 planes, in the cache: 1.3 times slower), and on others nothing
+   is gained. What is stored in 16 bits is made in twice that. */
+#if BN_LEVEL == 2 && BN_STORAGE == BN_PLAIN
+#define BN_SMALL_VECTOR 32
+#else
+#define BN_SMALL_VECTOR BN_VECTOR
+#endif
 
 /* Elements of a vector of REAL and of a cache line; elements of a vector of double, such vectors in
    16 lanes, those whose elements fill a cache line of x, and the first one for what is left behind
    the last step. */
 enum {
     FN(SIZE) = BN_SMALL_VECTOR / sizeof(REAL),
-    FN(LINE) = 64 / sizeof(REAL),
+    FN(LINE) = 64 / sizeof(STORE),
     FN(WIDTH) = BN_VECTOR / 8,
     FN(VECTORS) = BN_LANES / FN(WIDTH),
     FN(PER_LINE) = FN(LINE) / FN(WIDTH),
@@ -35,28 +40,43 @@ enum {
 };
 
 typedef REAL FN(vector) __attribute__((vector_size(BN_SMALL_VECTOR)));
+typedef STORE FN(stored) __attribute__((vector_size(BN_SMALL_VECTOR / sizeof(REAL) * sizeof(STORE))));
 typedef __typeof__((FN(vector)){0} > (FN(vector)){0}) FN(mask);
 typedef double FN(wide) __attribute__((vector_size(BN_VECTOR)));
 typedef REAL FN(narrow) __attribute__((vector_size(BN_VECTOR / 8 * sizeof(REAL))));
 
+#include "storage.h"
+
 /* ---- of REAL -----------------------------------------------------------------------------------*/
 
-static inline FN(vector) FN(get)(const REAL *x)
+static inline FN(stored) FN(peek)(const STORE *x)
 {
-    FN(vector) some;
+    FN(stored) some;
     memcpy(&some, x, sizeof some);
     return some;
 }
 
-static inline void FN(put)(REAL *y, FN(vector) some) { memcpy(y, &some, sizeof some); }
+static inline FN(vector) FN(get)(const STORE *x) { return FN(raise)(FN(peek)(x)); }
+
+/* Factors and offsets are packed in REAL, whatever arrays hold. */
+static inline FN(vector) FN(factors)(const REAL *packed)
+{
+    FN(vector) some;
+    memcpy(&some, packed, sizeof some);
+    return some;
+}
+
+static inline void FN(put)(STORE *y, FN(stored) some) { memcpy(y, &some, sizeof some); }
 
 /* Store past the cache; y is aligned. */
-static inline void FN(send)(REAL *y, FN(vector) some)
+static inline void FN(send)(STORE *y, FN(stored) some)
 {
-#if BN_LEVEL
+#if BN_LEVEL == 2 || BN_LEVEL && BN_STORAGE == BN_PLAIN
     _mm256_stream_si256((__m256i *)y, (__m256i)some);
-#elif defined(__SSE2__)
+#elif BN_LEVEL || defined(__SSE2__) && BN_STORAGE == BN_PLAIN
     _mm_stream_si128((__m128i *)y, (__m128i)some);
+#elif defined(__SSE2__) && defined(__x86_64__)
+    _mm_stream_si64((long long *)y, (long long)some);
 #else
     FN(put)(y, some);
 #endif
@@ -73,7 +93,9 @@ static inline FN(vector) FN(where)(FN(mask) mask, FN(vector) some)
 /* a * b + c, rounded once where the instruction set can. */
 static inline FN(vector) FN(mad_each)(FN(vector) a, FN(vector) b, FN(vector) c)
 {
-#if BN_LEVEL && BN_IS_DOUBLE
+#if BN_SMALL_VECTOR == 64
+    return (FN(vector))_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif BN_LEVEL && BN_IS_DOUBLE
     return (FN(vector))_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #elif BN_LEVEL
     return (FN(vector))_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -118,12 +140,31 @@ static inline FN(wide) FN(widened)(FN(narrow) some)
 #endif
 }
 
-static inline FN(wide) FN(load)(const REAL *x)
+static inline FN(narrow) FN(get_narrow)(const STORE *x)
 {
+#if BN_STORAGE == BN_PLAIN
     FN(narrow) some;
     memcpy(&some, x, sizeof some);
-    return FN(widened)(some);
+    return some;
+#elif BN_LEVEL == 2 && BN_STORAGE == BN_HALF
+    return (FN(narrow))_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+#elif BN_LEVEL == 2
+    const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x));
+    return (FN(narrow))_mm256_slli_epi32(words, 16);
+#elif BN_LEVEL == 1 && BN_STORAGE == BN_HALF
+    return (FN(narrow))_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)x));
+#elif BN_LEVEL == 1
+    const __m128i words = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)x));
+    return (FN(narrow))_mm_slli_epi32(words, 16);
+#else
+    FN(narrow) some;
+    for (int k = 0; k < FN(WIDTH); k++)
+        some[k] = FN(raise_one)(x[k]);
+    return some;
+#endif
 }
+
+static inline FN(wide) FN(load)(const STORE *x) { return FN(widened)(FN(get_narrow)(x)); }
 
 static inline FN(wide) FN(load_wide)(const double *x)
 {
@@ -180,11 +221,9 @@ static inline double FN(total)(const double *sum)
 }
 
 /* `dy`, or 0 where y is not positive, NaN included. */
-static inline FN(wide) FN(load_masked)(const REAL *dy, const REAL *y)
+static inline FN(wide) FN(load_masked)(const STORE *dy, const STORE *y)
 {
-    FN(narrow) g, output;
-    memcpy(&g, dy, sizeof g);
-    memcpy(&output, y, sizeof output);
+    const FN(narrow) g = FN(get_narrow)(dy), output = FN(get_narrow)(y);
     const __typeof__(output > (FN(narrow)){0}) passes = output > (FN(narrow)){0};
     return FN(widened)((FN(narrow))((__typeof__(passes))g & passes));
 }
