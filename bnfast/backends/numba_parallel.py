@@ -21,15 +21,16 @@ from types import ModuleType
 from typing import Any
 
 import numba
-import numpy as np
 
 from bnfast.backends import caches
 from bnfast.backends.host_arrays import accepts, empty, view
 from bnfast.backends.numba_kernels import columns, compiling, rows, team
 from bnfast.backends.numba_kernels.lanes import instruction_set
+from bnfast.backends.numba_kernels.storage import STORAGE_DTYPES
 from bnfast.spec import Channels, Floats
 
 __all__ = [
+    "STORAGE_DTYPES",
     "accepts",
     "assume_caches",
     "backward",
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 _FORMS: dict[int, ModuleType] = {3: rows, 2: columns}
-_FLOAT64 = np.dtype(np.float64)
+_DTYPES: dict[int | str, str] = {4: "float32", 8: "float64", "e": "float16", "E": "bfloat16"}
 _serial_only = False
 _numba: Any = numba  # which does not declare its public names to type checkers
 _caches = caches.sizes()
@@ -182,11 +183,15 @@ def backward(
 
 def _run(name: str, num_threads: int, x: Floats, arguments: tuple[Any, ...]) -> None:
     """Call the build of a kernel that fits ``x`` and the number of threads."""
+    # Sizes instead of dtypes, whose hash takes 40 ns; letters where the size does not tell.
+    kind: int | str = x.itemsize
+    if kind == 2:
+        kind = x.dtype.char
     if num_threads == 1 or _serial_only or _most_threads == 1:
-        _kernel(name, x.ndim, x.itemsize, False)(*arguments, x, *_caches, 1)
+        _kernel(name, x.ndim, kind, False)(*arguments, x, *_caches, 1)
         return
     threads = min(num_threads, _most_threads)
-    kernel = _kernel(name, x.ndim, x.itemsize, True)
+    kernel = _kernel(name, x.ndim, kind, True)
     before = _exchange()(threads)
     try:
         kernel(*arguments, x, *_caches, threads)
@@ -196,16 +201,14 @@ def _run(name: str, num_threads: int, x: Floats, arguments: tuple[Any, ...]) -> 
 
 
 @functools.cache
-def _kernel(name: str, ndim: int, itemsize: int, parallel: bool) -> compiling.Kernel:
-    # Sizes instead of dtypes, whose hash takes 40 ns.
-    dtype = np.dtype(f"f{itemsize}")
-    return compiling.build(getattr(_FORMS[ndim], name), dtype, parallel=parallel)
+def _kernel(name: str, ndim: int, kind: int | str, parallel: bool) -> compiling.Kernel:
+    return compiling.build(getattr(_FORMS[ndim], name), _DTYPES[kind], parallel=parallel)
 
 
 @functools.cache
 def _exchange() -> compiling.Kernel:
     _numba.get_num_threads()  # starts the threads
-    return compiling.build(team.exchange, _FLOAT64, parallel=False)
+    return compiling.build(team.exchange, "float64", parallel=False)
 
 
 def _after_fork_in_child() -> None:

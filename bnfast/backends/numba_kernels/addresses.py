@@ -8,15 +8,16 @@ that a kernel allocated may stand for its address.
     present(x)                       whether x is not absent
     same(x, y)                       whether two addresses are equal
     itemsize_of(x)                   the bytes of an element: a constant to the optimiser
-    room(x, rows, columns)           a new array of the dtype of x
+    room(x, rows, columns)           a new array of the dtype that x is computed in
     load(x, i)                       x[i : i+16]
     load_wide(x, i)                  the same in float64
     load_some(x, i, count)           x[i : i+count] in the first lanes, zero in the others
     store(y, i, v)                   y[i : i+16] = v, rounded to the dtype of y
     store_some(y, i, v, count)       y[i : i+count] = the first lanes of v
-    stream(y, i, v)                  as store, past the cache, where a cache line begins
+    stream(y, i, v)                  as store, past the cache, where a cache line (or half of one,
+                                     which sixteen elements of 16 bits fill) begins
     fence()                          waits until what was streamed can be seen
-    to_line(y, i)                    how many elements there are from y[i] to the next cache line
+    to_line(y, i)                    how many elements there are from y[i] to where that may begin
     prefetch(x, i)                   asks for x[i : i+16], whether or not it exists
     get(x, i), put(y, i, v)          one element
 """
@@ -42,6 +43,7 @@ from bnfast.backends.numba_kernels.lanes import (
     intrinsic,
     suffix,
 )
+from bnfast.backends.numba_kernels.storage import I16, element, itemsize, raised, rounded
 
 LINE = 64
 """Bytes of a cache line."""
@@ -53,17 +55,22 @@ C interface has it: after Python's own fields; between them is their number."""
 
 
 class Address(types.Type):
-    """Numba type of the address of elements of one dtype, or 0."""
+    """Numba type of the address of elements that are computed in one dtype, or 0.
 
-    def __init__(self, dtype):
+    ``storage`` is the name of a 16-bit dtype in which they are stored; None if it is that dtype.
+    """
+
+    def __init__(self, dtype, storage=None):
         self.dtype = dtype
-        super().__init__(name=f"Address({dtype})")
+        self.storage = storage
+        super().__init__(name=f"Address({storage or dtype})")
 
 
 @register_model(Address)
 class _AddressModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, dmm.lookup(fe_type.dtype).get_data_type().as_pointer())
+        own = I16 if fe_type.storage else dmm.lookup(fe_type.dtype).get_data_type()
+        super().__init__(dmm, fe_type, own.as_pointer())
 
 
 class Dimensions(Address):
@@ -105,8 +112,18 @@ def _pointer(context, builder, kind, value, index):
 
 
 def _vector_pointer(context, builder, kind, value, index):
-    vector = context.get_value_type(Lanes(kind.dtype)).as_pointer()
+    vector = ir.VectorType(element(context, kind), LANES).as_pointer()
     return builder.bitcast(_pointer(context, builder, kind, value, index), vector)
+
+
+def _to_store(context, builder, kind, value, given):
+    """Return lanes of the type ``given`` as an array of ``kind`` holds them."""
+    return rounded(builder, kind, convert(context, builder, value, given, Lanes(kind.dtype)))
+
+
+def _streamed(kind):
+    """Return the bytes of sixteen elements, or of the cache line of which they are several."""
+    return min(LINE, LANES * itemsize(kind))
 
 
 @intrinsic
@@ -134,13 +151,13 @@ def itemsize_of(typingctx, x):
     """Return the bytes of an element."""
 
     def codegen(context, builder, sig, args):
-        return I64(sig.args[0].dtype.bitwidth // 8)
+        return I64(itemsize(sig.args[0]))
 
     return types.intp(x), codegen
 
 
 def room(x, rows, columns):
-    """Return a new array of the dtype of x."""
+    """Return a new array of the dtype that x is computed in."""
     raise NotImplementedError("only in compiled code")
 
 
@@ -155,8 +172,8 @@ def load(typingctx, x, index):
     """Return x[index : index + 16]."""
 
     def codegen(context, builder, sig, args):
-        pointer = _vector_pointer(context, builder, sig.args[0], *args)
-        return builder.load(pointer, align=sig.args[0].dtype.bitwidth // 8)
+        pointer = _vector_pointer(context, builder, x, *args)
+        return raised(builder, x, builder.load(pointer, align=itemsize(x)))
 
     return Lanes(x.dtype)(x, types.intp), codegen
 
@@ -171,13 +188,13 @@ def load_wide(typingctx, x, index):
 
     def codegen(context, builder, sig, args):
         kind = sig.args[0]
-        half = ir.VectorType(context.get_value_type(kind.dtype), LANES // 2)
+        half = ir.VectorType(element(context, kind), LANES // 2)
         wide = ir.VectorType(ir.DoubleType(), LANES // 2)
         halves = []
         for offset in (0, LANES // 2):
             at = _pointer(context, builder, kind, args[0], builder.add(args[1], I64(offset)))
             pointer = builder.bitcast(at, half.as_pointer())
-            read = builder.load(pointer, align=kind.dtype.bitwidth // 8)
+            read = raised(builder, kind, builder.load(pointer, align=itemsize(kind)))
             halves.append(read if half == wide else builder.fpext(read, wide))
         order = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
         return builder.shuffle_vector(*halves, order)
@@ -193,9 +210,10 @@ def load_some(typingctx, x, index, count):
         kind = sig.args[0]
         pointer = _vector_pointer(context, builder, kind, *args[:2])
         vector = pointer.type.pointee
-        align = I32(kind.dtype.bitwidth // 8)
+        align = I32(itemsize(kind))
         arguments = [pointer, align, first_of(builder, args[2]), ir.Constant(vector, None)]
-        return call_llvm(builder, f"llvm.masked.load.{suffix(vector)}.p0", vector, arguments)
+        some = call_llvm(builder, f"llvm.masked.load.{suffix(vector)}.p0", vector, arguments)
+        return raised(builder, kind, some)
 
     return Lanes(x.dtype)(x, types.intp, types.intp), codegen
 
@@ -206,9 +224,9 @@ def store(typingctx, y, index, value):
 
     def codegen(context, builder, sig, args):
         kind = sig.args[0]
-        rounded = convert(context, builder, args[2], sig.args[2], Lanes(kind.dtype))
+        stored = _to_store(context, builder, kind, args[2], sig.args[2])
         pointer = _vector_pointer(context, builder, kind, *args[:2])
-        builder.store(rounded, pointer, align=kind.dtype.bitwidth // 8)
+        builder.store(stored, pointer, align=itemsize(kind))
         return context.get_dummy_value()
 
     return types.void(y, types.intp, value), codegen
@@ -220,10 +238,10 @@ def store_some(typingctx, y, index, value, count):
 
     def codegen(context, builder, sig, args):
         kind = sig.args[0]
-        rounded = convert(context, builder, args[2], sig.args[2], Lanes(kind.dtype))
+        stored = _to_store(context, builder, kind, args[2], sig.args[2])
         pointer = _vector_pointer(context, builder, kind, *args[:2])
-        arguments = [rounded, pointer, I32(kind.dtype.bitwidth // 8), first_of(builder, args[3])]
-        name = f"llvm.masked.store.{suffix(rounded.type)}.p0"
+        arguments = [stored, pointer, I32(itemsize(kind)), first_of(builder, args[3])]
+        name = f"llvm.masked.store.{suffix(stored.type)}.p0"
         call_llvm(builder, name, ir.VoidType(), arguments)
         return context.get_dummy_value()
 
@@ -232,11 +250,12 @@ def store_some(typingctx, y, index, value, count):
 
 @intrinsic
 def stream(typingctx, y, index, value):
-    """As `store`, past the cache: y[index] must be the first of a cache line."""
+    """As `store`, past the cache: from y[index] on, `to_line` must be 0."""
 
     def codegen(context, builder, sig, args):
-        pointer = _vector_pointer(context, builder, sig.args[0], *args[:2])
-        written = builder.store(args[2], pointer, align=LINE)
+        stored = _to_store(context, builder, y, args[2], sig.args[2])
+        pointer = _vector_pointer(context, builder, y, *args[:2])
+        written = builder.store(stored, pointer, align=_streamed(y))
         written.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
         return context.get_dummy_value()
 
@@ -257,12 +276,12 @@ def fence(typingctx):
 
 @intrinsic
 def to_line(typingctx, y, index):
-    """Return how many elements there are from y[index] to the next start of a cache line."""
+    """Return how many elements there are from y[index] to the next where `stream` may begin."""
 
     def codegen(context, builder, sig, args):
-        size = sig.args[0].dtype.bitwidth // 8
-        address = builder.ptrtoint(_pointer(context, builder, sig.args[0], *args), I64)
-        return builder.udiv(builder.and_(builder.neg(address), I64(LINE - 1)), I64(size))
+        address = builder.ptrtoint(_pointer(context, builder, y, *args), I64)
+        missing = builder.and_(builder.neg(address), I64(_streamed(y) - 1))
+        return builder.udiv(missing, I64(itemsize(y)))
 
     return types.intp(y, types.intp), codegen
 
@@ -271,12 +290,12 @@ def to_line(typingctx, y, index):
 def prefetch(typingctx, x, index):
     """Ask for the cache lines of x[index : index + 16], which need not exist, into the L2 cache.
 
-    They are those of every sixteenth float32 and of every eighth float64 from ``index`` on.
+    They are those of every sixteenth element and, of float64, every eighth from ``index`` on.
     """
 
     def codegen(context, builder, sig, args):
         kind, (array, index) = sig.args[0], args
-        for offset in range(0, LANES, LINE // (kind.dtype.bitwidth // 8)):
+        for offset in range(0, LANES, LINE // itemsize(kind)):
             at = _pointer(context, builder, kind, array, builder.add(index, I64(offset)))
             address = builder.bitcast(at, ir.IntType(8).as_pointer())
             # To read, into the second level, data.
@@ -292,7 +311,7 @@ def get(typingctx, x, index):
     """Return the element at a flat index."""
 
     def codegen(context, builder, sig, args):
-        return builder.load(_pointer(context, builder, sig.args[0], *args))
+        return raised(builder, x, builder.load(_pointer(context, builder, x, *args)))
 
     return x.dtype(x, types.intp), codegen
 
@@ -303,8 +322,9 @@ def put(typingctx, y, index, value):
 
     def codegen(context, builder, sig, args):
         kind = sig.args[0]
-        rounded = context.cast(builder, args[2], sig.args[2], kind.dtype)
-        builder.store(rounded, _pointer(context, builder, kind, *args[:2]))
+        number = context.cast(builder, args[2], sig.args[2], kind.dtype)
+        stored = rounded(builder, kind, number)
+        builder.store(stored, _pointer(context, builder, kind, *args[:2]))
         return context.get_dummy_value()
 
     return types.void(y, types.intp, value), codegen

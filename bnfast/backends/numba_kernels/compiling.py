@@ -21,6 +21,7 @@ from numba import njit, types
 from numpy.typing import NDArray
 
 from bnfast.backends.numba_kernels.addresses import Address, Dimensions
+from bnfast.backends.numba_kernels.storage import STORAGE_DTYPES
 
 Array: TypeAlias = "NDArray[Any] | None"
 """Parameter: an array in one of the two forms, or None; the kernel gets its `Address`."""
@@ -42,14 +43,14 @@ step: Any = njit(**_internal)
 """A larger step, for the optimiser to inline or not."""
 
 
-def build(function: Callable[..., Any], dtype: np.dtype[Any], *, parallel: bool) -> Kernel:
-    """Compile ``function`` for arrays of ``dtype``, or load it from disk.
+def build(function: Callable[..., Any], dtype: str, *, parallel: bool) -> Kernel:
+    """Compile ``function`` for arrays of the dtype of that name, or load it from disk.
 
     What is returned skips Numba's dispatcher, which would ask every argument for its type. It takes
     positional arguments, does not check them, and gives up the GIL.
     """
     kinds: dict[str, Any] = {
-        "Array": Address(numba.from_dtype(dtype)),
+        "Array": _address_of(dtype),
         "Vector": Address(types.float64),
         "Shape": Dimensions(),
         "float": types.float64,
@@ -82,6 +83,12 @@ def build(function: Callable[..., Any], dtype: np.dtype[Any], *, parallel: bool)
         compiled = compile_(cache=False)(kernel)
     entry: Kernel = compiled.overloads[signature.args].entry_point
     return entry
+
+
+def _address_of(dtype: str) -> Address:
+    if dtype in STORAGE_DTYPES:
+        return Address(types.float32, dtype)
+    return Address(numba.from_dtype(np.dtype(dtype)))
 
 
 @functools.cache

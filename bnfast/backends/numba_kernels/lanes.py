@@ -46,12 +46,18 @@ LANES = 16
 _config: Any = config  # which does not declare its settings to type checkers
 
 
-def instruction_set() -> str:
-    """Return the widest vector extension that Numba compiles for here."""
+def cpu_features() -> list[str]:
+    """Return what Numba compiles for here, as LLVM spells it."""
     features = _config.CPU_FEATURES  # what the user set, else None
     if features is None:
         features = binding.get_host_cpu_features().flatten()
-    present = features.split(",")
+    named: list[str] = features.split(",")
+    return named
+
+
+def instruction_set() -> str:
+    """Return the widest vector extension that Numba compiles for here."""
+    present = cpu_features()
     for name in ("avx512f", "avx2", "avx", "neon"):
         if f"+{name}" in present:
             return name
@@ -91,10 +97,10 @@ def call_llvm(builder, name, result, arguments):
 
 
 def suffix(kind):
-    """Return how LLVM's intrinsic functions spell a type of floats."""
+    """Return how LLVM's intrinsic functions spell a type."""
     if isinstance(kind, ir.VectorType):
         return f"v{kind.count}{suffix(kind.element)}"
-    return "f64" if kind == ir.DoubleType() else "f32"
+    return {ir.DoubleType(): "f64", ir.FloatType(): "f32"}.get(kind, "i16")
 
 
 def spread(builder, value):

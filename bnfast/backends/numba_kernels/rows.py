@@ -15,6 +15,7 @@ from numba import prange
 from bnfast.backends.numba_kernels.addresses import (
     fence,
     get,
+    itemsize_of,
     present,
     room,
 )
@@ -126,8 +127,8 @@ def forward(
     samples, channels, size = get(dimensions, 0), get(dimensions, 1), get(dimensions, 2)
     elements = samples * channels * size
     numbers, wide = room(x, 4, channels), np.empty((5, channels))
-    shape = samples, channels, size, ahead_of(samples, channels, size, numbers.itemsize, core)
-    bytes_ = elements * numbers.itemsize
+    shape = samples, channels, size, ahead_of(samples, channels, size, itemsize_of(x), core)
+    bytes_ = elements * itemsize_of(x)
     large = bytes_ * (3 if present(residual) else 2) > last
     past = past_cache(y, x, residual, large)
     n = 1.0
@@ -221,8 +222,8 @@ def backward(
     samples, channels, size = get(dimensions, 0), get(dimensions, 1), get(dimensions, 2)
     elements = samples * channels * size
     numbers, wide = room(x, 4, channels), np.empty((5, channels))
-    shape = samples, channels, size, ahead_of(samples, channels, size, numbers.itemsize, core)
-    bytes_ = elements * numbers.itemsize
+    shape = samples, channels, size, ahead_of(samples, channels, size, itemsize_of(x), core)
+    bytes_ = elements * itemsize_of(x)
     inputs = 3 if present(y) else 2
     large = bytes_ * (inputs + 1) > last
     past = past_cache(dx, dy, x, large)

@@ -1,0 +1,83 @@
+"""What arrays hold, and how it becomes what is computed with: float16 and bfloat16 are 16 bits.
+
+Numba knows neither on the CPU, so a kernel reads and writes integers, and these become float32 in
+registers: float16 by LLVM's conversion, which is one instruction where the CPU has it; bfloat16,
+the upper half of a float32, by shifting. Results are rounded to nearest, ties to even. A NaN would
+be rounded to infinity if its last bits were all it had, so it is made a quiet one first.
+
+The functions take the Numba type of an address or array, and numbers or vectors of LLVM alike.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+from __future__ import annotations
+
+import platform
+
+from llvmlite import ir
+
+from bnfast.backends.numba_kernels.lanes import I32, cpu_features
+
+I16 = ir.IntType(16)
+
+STORAGE_DTYPES: tuple[str, ...] = ("float16", "bfloat16")
+"""float16 only where the CPU converts it: LLVM would call a function that Numba has not."""
+
+if platform.machine().lower() in ("x86_64", "amd64") and "+f16c" not in cpu_features():
+    STORAGE_DTYPES = ("bfloat16",)
+
+
+def storage_of(kind):
+    """Return the name of the 16-bit dtype of an address; None for any other, and for an array."""
+    return getattr(kind, "storage", None)
+
+
+def itemsize(kind):
+    """Return the bytes of an element in memory."""
+    return 2 if storage_of(kind) else kind.dtype.bitwidth // 8
+
+
+def element(context, kind):
+    """Return LLVM's type of an element in memory."""
+    return I16 if storage_of(kind) else context.get_value_type(kind.dtype)
+
+
+def raised(builder, kind, value):
+    """Return what was read from memory as it is computed with."""
+    if not storage_of(kind):
+        return value
+    if storage_of(kind) == "float16":
+        return builder.fpext(builder.bitcast(value, _like(value, ir.HalfType())), _floats(value))
+    bits = builder.shl(builder.zext(value, _like(value, I32)), _all(value, 16))
+    return builder.bitcast(bits, _floats(value))
+
+
+def rounded(builder, kind, value):
+    """Return a result, in the dtype that is computed in, as it goes to memory."""
+    if not storage_of(kind):
+        return value
+    if storage_of(kind) == "float16":
+        return builder.bitcast(
+            builder.fptrunc(value, _like(value, ir.HalfType())), _like(value, I16)
+        )
+    bits = builder.bitcast(value, _like(value, I32))
+    odd = builder.and_(builder.lshr(bits, _all(value, 16)), _all(value, 1))
+    nearest = builder.add(bits, builder.add(odd, _all(value, 0x7FFF)))
+    quiet = builder.or_(bits, _all(value, 0x400000))
+    either = builder.select(builder.fcmp_unordered("uno", value, value), quiet, nearest)
+    return builder.trunc(builder.lshr(either, _all(value, 16)), _like(value, I16))
+
+
+def _like(value, kind):
+    """Return the type of a number, or of a vector as long as ``value``."""
+    return ir.VectorType(kind, value.type.count) if isinstance(value.type, ir.VectorType) else kind
+
+
+def _floats(value):
+    return _like(value, ir.FloatType())
+
+
+def _all(value, number):
+    """Return a 32-bit integer, or a vector of it as long as ``value``."""
+    kind = _like(value, I32)
+    return ir.Constant(kind, number if kind == I32 else [number] * kind.count)
