@@ -119,7 +119,8 @@ def batch_norm(
     MemoryError
         If the host or the GPU has no memory for the result. Nothing is changed then.
     RuntimeError
-        For a torch tensor on a GPU that requires grad, outside ``torch.no_grad()``.
+        For a torch tensor on a GPU that requires grad, outside ``torch.no_grad()``, and on a stream
+        that records a CUDA graph.
 
     Examples
     --------

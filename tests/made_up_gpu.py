@@ -54,12 +54,22 @@ class Array:
 
 
 class Numba(Array):
-    """A device array as Numba makes them: no DLPack, a stream of its own or the default one."""
+    """A device array as Numba makes them: no DLPack, a stream of its own or the default one.
+
+    Its interface leaves out axes of stride 0 when it asks whether the array is contiguous.
+    """
 
     def __init__(self, memory, gpu, device=0, stream=0):
         super().__init__(memory, device, int(stream) or None)
         self.gpu = gpu
         self.gpu_data = SimpleNamespace(context=gpu.context(device))
+        self.strides = memory.strides
+
+    @property
+    def __cuda_array_interface__(self):
+        interface = super().__cuda_array_interface__
+        core = self.memory[tuple(slice(None) if step else slice(1) for step in self.strides)]
+        return interface | ({"strides": None} if core.flags.c_contiguous else {})
 
 
 class Cupy(Array):
@@ -186,13 +196,14 @@ class Gpu(SimpleNamespace):
         calls = SimpleNamespace(
             get_version=lambda: self.driver_version,
             cuPointerGetAttribute=lambda attribute, pointer: self.owner_of[pointer],
+            cuStreamIsCapturing=lambda stream: int(stream in self.captured),
         )
         names = SimpleNamespace(
             CUpointer_attribute=SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9),
             CUdeviceptr=int,
         )
         self.cudadrv = SimpleNamespace(driver=SimpleNamespace(driver=calls, binding=names))
-        self.owner_of = {}
+        self.owner_of, self.captured = {}, set()
 
     def context(self, number):
         return SimpleNamespace(

@@ -151,6 +151,18 @@ def test_reversed_axes(library, numbers):
     assert_same_bits("y", library.get(y), on_host()(x[::-1, :, ::-1]))
 
 
+def test_vectors_that_are_not_aligned(library, numbers):
+    x = numbers(1 + 4 * 3 * 2 * 8)
+    y = new_layer()(library.put(x)[1:].reshape(SHAPE))
+    assert_same_bits("y", library.get(y), on_host()(x[1:].reshape(SHAPE)))
+
+
+def test_broadcast_array(library, numbers):
+    x = np.broadcast_to(numbers(1, 3, 1, 8), SHAPE)
+    y = new_layer()(library.put(x))
+    assert_same_bits("y", library.get(y), on_host()(x))
+
+
 def test_out(library, values, numbers):
     x, out = numbers(*SHAPE), library.put(values())
     layer, twin = new_layer().eval(), on_host().eval()

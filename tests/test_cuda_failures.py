@@ -136,6 +136,14 @@ def test_old_driver(gpu):
     )
 
 
+def test_driver_that_no_extra_is_for(gpu):
+    gpu.driver_version = (11, 8)
+    assert failures.unavailable(gpu) == (
+        "the NVIDIA driver is too old: it is for CUDA 11.8, and the CUDA toolkit that is installed "
+        "is 13.0; update the driver"
+    )
+
+
 def test_old_gpu(gpu):
     gpu.gpus[0].compute_capability = (6, 1)
     assert failures.unavailable(gpu) == (

@@ -119,6 +119,11 @@ def test_a_dense_array_is_not_copied(kind, numbers, gpu):
     assert len(gpu.copies) == 1
 
 
+def test_broadcast_array(kind, numbers):
+    x = np.lib.stride_tricks.as_strided(numbers(3, 8), SHAPE, (0, 32, 0, 4))  # DLPack: writable
+    assert_same_bits("y", bnfast.BatchNorm2d(3)(kind(x)).memory, on_host(x))
+
+
 # ---- out= ---------------------------------------------------------------------------------------
 
 

@@ -217,6 +217,23 @@ def test_torch_gradients_are_not_lost(gpu, numbers):
     assert type(layer(tensor.detach())) is Torch
 
 
+@pytest.mark.parametrize("name", ["torch", "numba"])
+def test_stream_that_records_a_graph(gpu, numbers, name):
+    gpu.torch_stream, gpu.captured = 7, {7}
+    options = {"stream": 7} if name == "numba" else {}
+    x, layer = Kind(gpu, name)(numbers(*SHAPE), **options), bnfast.BatchNorm2d(3)
+    message = (
+        "a call cannot be recorded in a CUDA graph: the parameters go up with each call, from host "
+        "memory that a replay would not find"
+    )
+    for training in (True, False):
+        refused(RuntimeError, message, layer.train(training), x)
+    assert gpu.launches == []
+    assert layer.num_batches_tracked == 0
+    gpu.captured.clear()
+    layer(x)
+
+
 def test_torch_negated_view(gpu, numbers):
     tensor = Torch(numbers(*SHAPE), gpu, negative=True)
     message = "the tensor is a negated view: pass tensor.resolve_neg()"

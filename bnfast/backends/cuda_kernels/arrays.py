@@ -116,6 +116,8 @@ class Frame:
             self._number, self.device = x.stream, _number_of(x.place)
         else:
             self.device = 0 if driver.SIMULATED else int(cuda.current_context().device.id)
+        if self._number > dlpack.LEGACY_STREAM:  # which no graph is recorded from, nor from 0
+            failures.refuse_capture(cuda, self._number)
         self.stream = _stream(self.device, self._number)
 
     def __enter__(self) -> Frame:
@@ -156,6 +158,8 @@ def _interface_of(x: Any) -> tuple[dict[str, Any], int]:
     interface = getattr(x, "__cuda_array_interface__", None)
     if interface is None:
         interface = dlpack.interface(x)
+    elif hasattr(x, "gpu_data"):  # Numba's, which shows a broadcast array as a contiguous one
+        interface["strides"] = x.strides
     return interface, interface.get("stream") or 0
 
 

@@ -53,10 +53,10 @@ def unavailable(cuda: Any) -> str | None:
         return f"the libraries of the CUDA toolkit cannot be used: {_one_line(error)}"
     driver = tuple(cuda.cudadrv.driver.driver.get_version())
     if driver[0] < toolkit[0]:
+        extra = f", or install bnfast[cuda{driver[0]}]" if driver[0] in OLDEST else ""
         return (
             f"the NVIDIA driver is too old: it is for CUDA {_dotted(driver)}, and the CUDA toolkit "
-            f"that is installed is {_dotted(toolkit)}; update the driver, or install "
-            f"bnfast[cuda{driver[0]}]"
+            f"that is installed is {_dotted(toolkit)}; update the driver{extra}"
         )
     capability, oldest = tuple(cuda.gpus[0].compute_capability), OLDEST.get(toolkit[0], (7, 5))
     if capability < oldest:
@@ -76,6 +76,18 @@ def refuse_fork() -> None:
     """Raise BackendUnavailableError in a process that was forked while CUDA was in use."""
     if _forked:
         raise BackendUnavailableError(FORKED)
+
+
+def refuse_capture(cuda: Any, stream: int) -> None:
+    """Raise RuntimeError while a stream records a CUDA graph.
+
+    What goes up with a call is recorded as a copy from host memory that a replay no longer finds.
+    """
+    if int(cuda.cudadrv.driver.driver.cuStreamIsCapturing(stream)):
+        raise RuntimeError(
+            "a call cannot be recorded in a CUDA graph: the parameters go up with each call, from "
+            "host memory that a replay would not find"
+        )
 
 
 @dataclass(slots=True)
