@@ -8,6 +8,8 @@ LLVM instructions that Numba has no name for, and as plain Python for the simula
     device         decorates a function that kernels call
     configure      a kernel, its grid and a stream -> what launches it
     pointer        an array on the device -> the argument of a kernel
+    upload         numbers on the host -> an array on the device
+    download       the way back
     barrier        wait for the other threads of the block
     fma            a * b + c, rounded once
     divide         a // b of numbers that are not negative
@@ -85,6 +87,14 @@ if SIMULATED:
         """Return where an array on the device lies."""
         return int(_host(array).ctypes.data)
 
+    def upload(array: Any, numbers: Any, stream: Any) -> None:
+        """Fill an array on the device with as many numbers."""
+        array.copy_to_device(numbers, stream=stream)
+
+    def download(array: Any, numbers: Any, stream: Any) -> None:
+        """Fill ``numbers`` from an array on the device, at the latest when the stream is done."""
+        array.copy_to_host(numbers, stream=stream)
+
     def _host(array: Any) -> Any:
         """Return the NumPy array that the simulator has for an array on the device."""
         return array._ary if hasattr(array, "_ary") else np.asarray(array)
@@ -142,7 +152,18 @@ else:
         """Return where an array on the device lies."""
         if isinstance(array, DeviceArray):
             return array.address
-        return array.__cuda_array_interface__["data"][0]
+        return array.device_ctypes_pointer.value
+
+    # Numba's methods look into contiguity and contexts first. Without them, and with the address
+    # above in place of an interface, a small call takes Python 73 us instead of 130.
+
+    def upload(array: Any, numbers: Any, stream: Any) -> None:
+        """Fill an array on the device with as many numbers."""
+        cuda.cudadrv.driver.host_to_device(array, numbers, numbers.nbytes, stream=stream)
+
+    def download(array: Any, numbers: Any, stream: Any) -> None:
+        """Fill ``numbers`` from an array on the device, at the latest when the stream is done."""
+        cuda.cudadrv.driver.device_to_host(numbers, array, numbers.nbytes, stream=stream)
 
     def pointer(array: Any, at: int = 0) -> int:
         """Return the address of element ``at`` of an array on the device; 0 for None."""

@@ -35,7 +35,7 @@ class Launch(NamedTuple):
     threads: int
     """Threads of a block."""
     blocks: int
-    """Blocks of a grid, at most: as many as run at once."""
+    """Blocks of a grid, at most."""
     part: int
     """Elements of a part of a channels-first sum, at least."""
     rows: int

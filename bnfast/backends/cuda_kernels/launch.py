@@ -127,7 +127,7 @@ class Call:
         """Return channel vectors on the device, one after the other."""
         packed = np.concatenate(vectors)
         sent = _desk.numbers(self.frame, "the numbers of the channels", packed.size)
-        sent.copy_to_device(packed, stream=self.stream)
+        driver.upload(sent, packed, self.stream)
         return sent
 
     def result(self) -> Any:
@@ -142,7 +142,7 @@ class Call:
     def bring(self, result: Any, *vectors: Channels) -> None:
         """Fill channel vectors from the device, where they lie one after the other."""
         packed = np.empty(result.size)
-        result.copy_to_host(packed, stream=self.stream)
+        driver.download(result, packed, self.stream)
         if self.stream:
             self.stream.synchronize()
         at = 0
