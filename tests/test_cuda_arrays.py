@@ -237,11 +237,12 @@ def test_copies_between_any_strides(rng, shape, broadcast, dtype):
 @simulated
 def test_arrays_of_several_streams_and_devices(numbers, monkeypatch):
     from bnfast.backends import numba_cuda
-    from bnfast.backends.cuda_kernels import arrays, launch
+    from bnfast.backends.cuda_kernels import arrays, failures, launch
 
     waited = []
     monkeypatch.setattr(arrays, "_synchronize", lambda *stream: waited.append(stream))
     monkeypatch.setattr(arrays, "_stream", lambda device, number: number)
+    monkeypatch.setattr(failures, "refuse_capture", lambda cuda, stream: None)
     monkeypatch.setattr(launch, "_desk", launch._Desk())
     vector = np.ones(8)
 
