@@ -61,9 +61,11 @@ def _check_storage(x: Any, backend: str | None) -> None:
         expected = "expected an array of float16, bfloat16, float32 or float64"
     else:
         choice = registry.choice_for(backend, x)
-        if name in getattr(choice.kernels, "STORAGE_DTYPES", ()):
+        taken = getattr(choice.kernels, "STORAGE_DTYPES", ())
+        if name in taken:
             return
-        expected = f"backend {choice.name!r} takes arrays of float32 and float64"
+        others = ", ".join(["float32", *taken])
+        expected = f"backend {choice.name!r} takes arrays of {others} and float64 here"
     raise TypeError(
         f"{expected}, got dtype {x.dtype}; cast it first, for example x.astype(np.float32)"
     )

@@ -87,8 +87,8 @@ BAD_ARRAYS = {
     "dtype": (
         lambda put, numbers: {"x": put(numbers(*SHAPE).astype(np.float16))},
         TypeError,
-        "backend 'cuda' takes arrays of float32 and float64, got dtype float16; cast it first, for "
-        "example x.astype(np.float32)",
+        "backend 'cuda' takes arrays of float32 and float64 here, got dtype float16; cast it "
+        "first, for example x.astype(np.float32)",
     ),
     "ndim": (
         lambda put, numbers: {"x": put(numbers(4, 3))},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 
@@ -40,8 +41,9 @@ def backend(request) -> str:
         kernels = registry.load(request.param)
     except BackendUnavailableError as error:
         pytest.skip(str(error))
-    if not hasattr(kernels, "STORAGE_DTYPES"):
-        pytest.skip(f"{request.param} takes no 16-bit storage")
+    dtype = request.node.callspec.params.get("dtype", np.float16).__name__
+    if dtype not in getattr(kernels, "STORAGE_DTYPES", ()):
+        pytest.skip(f"{request.param} does not take {dtype} here")
     return request.param
 
 
@@ -167,7 +169,7 @@ def test_backend_without_it_refuses(rng, add_backend, dtype):
     add_backend("plain")
     x = draw(rng, dtype)
     sentence = (
-        f"^backend 'plain' takes arrays of float32 and float64, got dtype {dtype.__name__}; "
+        f"^backend 'plain' takes arrays of float32 and float64 here, got dtype {dtype.__name__}; "
         r"cast it first, for example x\.astype\(np\.float32\)$"
     )
     with pytest.raises(TypeError, match=sentence):
@@ -178,6 +180,20 @@ def test_backend_without_it_refuses(rng, add_backend, dtype):
     with pytest.raises(TypeError, match=sentence):
         layer(x)
     assert layer.num_batches_tracked == 0
+
+
+def test_numba_refuses_float16_where_the_cpu_does_not_convert_it(monkeypatch):
+    pytest.importorskip("numba")
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("not an x86 CPU")
+    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", "+sse2")
+    code = (
+        "import numpy as np, bnfast\n"
+        "bnfast.BatchNorm2d(3, backend='numba')(np.ones((2, 3, 4, 4), np.float16))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "takes arrays of float32, bfloat16 and float64 here, got dtype float16" in run.stderr
 
 
 def test_other_dtypes_of_ml_dtypes_are_refused():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -34,7 +35,7 @@ def _bfloat16() -> Any:
 
 
 STORAGE = (np.float16, _bfloat16())
-"""What is stored in 16 bits: tried where the backend names it in ``STORAGE_DTYPES``."""
+"""What is stored in 16 bits: tried where the backend names it in its ``STORAGE_DTYPES``."""
 
 ALL_DTYPES = DTYPES + STORAGE
 
@@ -249,16 +250,29 @@ def over(argument: str, values: tuple[Any, ...]) -> pytest.MarkDecorator:
 
 
 def leave_out_larger(suite: type, most_elements: int) -> None:
-    """Give a class of tests copies of those it inherits, without the shapes that are larger.
+    """Give a class of tests copies of those it inherits, without the shapes that are larger."""
+    _leave_out(suite, {"shape", "outliers"}, lambda value: _elements(value) <= most_elements)
 
-    A test that is left without a shape is left out.
-    """
+
+def leave_out_storage(suite: type, taken: tuple[str, ...]) -> None:
+    """Give it copies of these without the 16-bit dtypes that are not ``taken``."""
+    others = [value for value in STORAGE if storage_name(value) not in taken]
+    _leave_out(suite, {"dtype"}, lambda value: value not in others)
+
+
+def storage_name(value: Any) -> str:
+    """Return the name of one of `STORAGE`."""
+    return str(getattr(value, "__name__", None) or value.id)
+
+
+def _leave_out(suite: type, arguments: set[str], keep: Callable[[Any], bool]) -> None:
+    """Leave out values of arguments. A test that is left without a value is left out."""
     for test in dir(suite):
         function = getattr(suite, test)
         marks = list(getattr(function, "pytestmark", ()))
         for i, mark in enumerate(marks):
-            if test.startswith("test_") and mark.args[0] in ("shape", "outliers"):
-                kept = tuple(value for value in mark.args[1] if _elements(value) <= most_elements)
+            if test.startswith("test_") and mark.args[0] in arguments:
+                kept = tuple(value for value in mark.args[1] if keep(value))
                 marks[i] = over(mark.args[0], kept).mark
                 copy = FunctionType(
                     function.__code__, function.__globals__, test, None, function.__closure__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import decimal
 import functools
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from bnfast import registry
-from bnfast.errors import BackendUnavailableError
+from bnfast.errors import BackendUnavailableError, UnknownBackendError
 from bnfast.spec import Kernels
 from bnfast.testing import cases, guard, reference, seeding
 from bnfast.testing.contract import ContractTests
@@ -26,8 +27,8 @@ class KernelConformance(ContractTests, RobustnessTests, StorageTests, Determinis
 
     Derive a class whose name starts with ``Test`` and set `backend`; pytest collects the rest.
     Where the backend cannot run, its tests are skipped with its own sentence. Those on float16 and
-    bfloat16 are skipped unless the kernels name these in ``STORAGE_DTYPES``, and on bfloat16
-    without the package ml_dtypes.
+    bfloat16 are left out unless the kernels name these in ``STORAGE_DTYPES`` when the class is
+    made; those on bfloat16 are skipped without the package ml_dtypes.
 
     Attributes
     ----------
@@ -56,14 +57,18 @@ class KernelConformance(ContractTests, RobustnessTests, StorageTests, Determinis
     seed: ClassVar[int | None] = None
 
     def __init_subclass__(cls) -> None:
-        """Leave out what is larger than `most_elements`, where the class sets it."""
+        """Leave out what the backend does not take, and what is larger than `most_elements`."""
+        backend = vars(cls).get("backend")
+        if isinstance(backend, str):
+            with contextlib.suppress(BackendUnavailableError, UnknownBackendError):
+                backend = registry.load(backend)
+        if backend is not None and not isinstance(backend, str):
+            cases.leave_out_storage(cls, getattr(backend, "STORAGE_DTYPES", ()))
         if "most_elements" in vars(cls) and cls.most_elements is not None:
             cases.leave_out_larger(cls, cls.most_elements)
 
     @pytest.fixture
-    def kernels(
-        self, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
-    ) -> Kernels:
+    def kernels(self, record_property: Callable[[str, object], None]) -> Kernels:
         """Return the kernels under test, and note in the test's report whose they are."""
         backend = self.backend
         if isinstance(backend, str):
@@ -77,10 +82,6 @@ class KernelConformance(ContractTests, RobustnessTests, StorageTests, Determinis
             if isinstance(reason, str):
                 pytest.skip(reason)
         name = backend if isinstance(backend, str) else backend.__name__
-        callspec = getattr(request.node, "callspec", None)
-        dtype = callspec.params.get("dtype") if callspec else None
-        if dtype in cases.STORAGE and dtype.__name__ not in getattr(kernels, "STORAGE_DTYPES", ()):
-            pytest.skip(f"{name} does not take {dtype.__name__}")
         record_property("conformance_backend", name)
         return kernels
 
