@@ -21,9 +21,15 @@ def test_out_of_which_nobody_can_say_whether_it_overlaps(rng, scene, training):
         strides = [4 * int(step) for step in rng.integers(2**20, 2**24, 14)]
         return as_strided(memory[start:], (2,) * 14, strides)
 
-    x, out = tangled(0), tangled(12_345)
-    with pytest.raises(np.exceptions.TooHardError):
-        np.shares_memory(x, out, max_work=100_000)
+    def too_hard(x, out):
+        try:
+            np.shares_memory(x, out, max_work=100_000)
+        except np.exceptions.TooHardError:
+            return True
+        return False
+
+    pairs = ((tangled(0), tangled(12_345)) for _ in range(50))  # a few of them are easy
+    x, out = next(pair for pair in pairs if too_hard(*pair))
     expect(
         scene,
         lambda: F.batch_norm(x, np.ones(2), np.ones(2), training=training, out=out),
