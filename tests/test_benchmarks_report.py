@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def run_pytest(*arguments: str) -> str:
     """Return what pytest prints, in a process of its own."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     finished = subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
