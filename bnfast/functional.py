@@ -395,10 +395,10 @@ def backward_packed(
     kernels = registry.choose(backend, x)
     plan = layout.plan(x.shape, x.strides, x.dtype)
     dy = check_like(dy, x, "dy", kernels)
-    relu = y is not None
+    relu, y_form = y is not None, None
     if relu:
         y = check_like(y, x, "y", kernels)
-    y_form = kernels.view(y, plan) if relu else None
+        y_form = kernels.view(y, plan)
     if out is not None:
         out = check_out(out, x, plan, kernels, may_be={"dy": dy})
         check_apart(out, {"x": x, "y": y, "mean": mean, "invstd": invstd})

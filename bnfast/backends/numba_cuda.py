@@ -90,7 +90,7 @@ def normalize(
         sent = call.send(mean, var, weight, bias)
         at = launch.pointer(sent), launch.pointer(sent, 2 * mean.size)
         arrays = call.read(x), call.read(residual), call.write(y)
-        launch.normalize(call, *arrays, *at, eps, 1.0, relu)
+        launch.normalize(call, *arrays, *at, eps, 1.0, relu, reverse=False)
 
 
 def train(
@@ -117,7 +117,7 @@ def train(
         result = launch.measure(call, given)
         at = launch.pointer(result), launch.pointer(sent)
         arrays = given, call.read(residual), call.write(y)
-        launch.normalize(call, *arrays, *at, eps, _count(x), relu)
+        launch.normalize(call, *arrays, *at, eps, _count(x), relu, reverse=True)
         call.bring(result, mean, m2)
 
 

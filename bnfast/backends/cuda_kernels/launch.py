@@ -194,18 +194,18 @@ def measure(call: Call, x: Any) -> Any:
 
 def normalize(
     call: Call, x: Any, residual: Any, y: Any, moments: Any, affine: Any, eps: float,
-    divisor: float, relu: bool,
+    divisor: float, relu: bool, reverse: bool,
 ) -> None:  # fmt: skip
     """Fill y, for the means at ``moments`` and the variances behind them divided by ``divisor``.
 
-    Where x has just been measured, its end is still in the cache: the chunks are taken backwards.
+    Backwards where x has just been measured: its end is still in the cache.
     """
     plan = call.plan
     call.run(
         f"{call.form}.normalize", plan.pass_blocks,
         pointer(x), pointer(residual), pointer(y), moments, affine, eps, divisor,
         *plan.pass_geometry, residual is not None, relu, call.aligned(x, residual, y),
-        divisor != 1.0,
+        reverse,
     )  # fmt: skip
 
 
