@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import wrong_kernels
+import wrong_storage_kernels  # noqa: F401  (its kernels join the table)
 
 from bnfast import registry
 from bnfast.testing import KernelConformance, seeding
