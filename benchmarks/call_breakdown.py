@@ -27,17 +27,17 @@ except ImportError:
 ROUNDS, CALLS = 60, 200
 
 
-def main() -> None:
+def main(rounds: int = ROUNDS, calls: int = CALLS) -> None:
     """Measure and print one line for each."""
     timed = whole_calls() | steps()
     names = list(timed)
     times: dict[str, list[float]] = {name: [] for name in names}
     with inference_mode():
-        for turn in range(ROUNDS):
+        for turn in range(rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                timeit.timeit(timed[name], number=CALLS // 10)
-                times[name].append(timeit.timeit(timed[name], number=CALLS) / CALLS)
+                timeit.timeit(timed[name], number=calls // 10)
+                times[name].append(timeit.timeit(timed[name], number=calls) / calls)
     nothing = median(times.pop("nothing"))
     print(f"backend {bnfast.get_backend()}, nanoseconds")
     for name, samples in times.items():
@@ -99,7 +99,7 @@ def steps() -> dict[str, Callable[[], Any]]:
         "step: plan the layout": lambda: layout.plan(x.shape, x.strides, x.dtype),
         "step: the layer's vectors, unchanged": lambda: layer._packed(),
         "step: pack one vector of F.batch_norm": lambda: channels.pack(w, 1.0, 64, "weight"),
-        "step: check out": lambda: checks.check_out(out, plan, {"x": x, "residual": None}),
+        "step: check out": lambda: checks.check_out(out, x, plan, kernels, {"x": x}),
         "step: view an array as its kernel form": lambda: kernels.view(x, plan),
         "step: a new output": lambda: kernels.empty(plan, x),
         "step: claim and release the threads": lambda: threads.release(threads.claim(x.size)),

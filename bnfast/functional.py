@@ -315,8 +315,7 @@ def normalize_packed(
     """Run ``normalize`` on an admitted array with packed channel vectors."""
     kernels = registry.choose(backend, x)
     plan = layout.plan(x.shape, x.strides, x.dtype)
-    x_form, residual_form, out = _sources(x, residual, out, plan, kernels)
-    y, y_form = _destination(out, plan, kernels, x)
+    x_form, residual_form, out, y, y_form = _forward_arrays(x, residual, out, plan, kernels)
     num_threads = threads.claim(x.size)
     try:
         kernels.normalize(
@@ -333,7 +332,7 @@ def normalize_packed(
         )
     finally:
         threads.release(num_threads)
-    return _deliver(out, y, kernels)
+    return y if out is None else _deliver(out, y, kernels)
 
 
 def train_packed(
@@ -358,8 +357,7 @@ def train_packed(
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"
         )
-    x_form, residual_form, out = _sources(x, residual, out, plan, kernels)
-    y, y_form = _destination(out, plan, kernels, x)
+    x_form, residual_form, out, y, y_form = _forward_arrays(x, residual, out, plan, kernels)
     num_threads = threads.claim(x.size)
     try:
         kernels.train(
@@ -376,7 +374,7 @@ def train_packed(
         )
     finally:
         threads.release(num_threads)
-    return _deliver(out, y, kernels), plan.count
+    return y if out is None else _deliver(out, y, kernels), plan.count
 
 
 def backward_packed(
@@ -399,10 +397,13 @@ def backward_packed(
     if relu:
         y = check_like(y, x, "y", kernels)
         y_form = kernels.view(y, plan)
-    if out is not None:
+    if out is None:
+        dx = kernels.empty(plan, x)
+    else:
         out = check_out(out, x, plan, kernels, may_be={"dy": dy})
         check_apart(out, {"x": x, "y": y, "mean": mean, "invstd": invstd})
-    dx, dx_form = _destination(out, plan, kernels, x)
+        dx = _destination(out, plan, kernels, x)
+    dx_form = kernels.view(dx, plan)
     dresidual = kernels.empty(plan, like=x) if want_residual else None
     dresidual_form = None if dresidual is None else kernels.view(dresidual, plan)
     dy_form, x_form = kernels.view(dy, plan), kernels.view(x, plan)
@@ -454,35 +455,38 @@ def backward_packed(
             )
     finally:
         threads.release(num_threads)
-    return Gradients(_deliver(out, dx, kernels), sum_dy_xhat, sum_dy, dresidual)
+    dx = dx if out is None else _deliver(out, dx, kernels)
+    return Gradients(dx, sum_dy_xhat, sum_dy, dresidual)
 
 
-def _sources(
+def _forward_arrays(
     x: NDArray[Any], residual: Any, out: Any, plan: Plan, kernels: Kernels
-) -> tuple[Floats, Floats | None, Any]:
+) -> tuple[Floats, Floats | None, Any, NDArray[Any], Floats]:
     """Check what a forward call adds and where it writes.
 
-    Returns the forms of x and residual, and ``out`` as `check_out` returns it.
+    Returns the forms of x and residual, ``out`` as `check_out` returns it, and the array that the
+    kernels fill, with its form.
     """
+    residual_form = None
     if residual is not None:
         residual = check_like(residual, x, "residual", kernels)
-    if out is not None:
+        residual_form = kernels.view(residual, plan)
+    if out is None:
+        y = kernels.empty(plan, x)
+    else:
         out = check_out(out, x, plan, kernels, may_be={"x": x, "residual": residual})
-    return kernels.view(x, plan), None if residual is None else kernels.view(residual, plan), out
+        y = _destination(out, plan, kernels, x)
+    return kernels.view(x, plan), residual_form, out, y, kernels.view(y, plan)
 
 
-def _destination(
-    out: Any, plan: Plan, kernels: Kernels, like: NDArray[Any]
-) -> tuple[NDArray[Any], Floats]:
-    """Return the array that the kernels fill, and its form: ``out`` where it lies as planned."""
-    y = out if out is not None and layout.lies_as(out, plan) else kernels.empty(plan, like)
-    return y, kernels.view(y, plan)
+def _destination(out: Any, plan: Plan, kernels: Kernels, like: NDArray[Any]) -> NDArray[Any]:
+    """Return the array that the kernels fill: ``out``, if it lies as planned."""
+    planned: NDArray[Any] = out if layout.lies_as(out, plan) else kernels.empty(plan, like)
+    return planned
 
 
 def _deliver(out: Any, y: NDArray[Any], kernels: Kernels) -> NDArray[Any]:
-    """Return the result, copied to ``out`` where the kernels could not write there."""
-    if out is None:
-        return y
+    """Return ``out``, with the result copied to it where the kernels could not write there."""
     delivered: NDArray[Any] = out
     if type(out) is DeviceArray:
         delivered = out.array

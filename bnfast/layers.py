@@ -109,11 +109,12 @@ class _BatchNorm(State, Converters):
         check_channels(x, self.num_features)
         if self._watch is not None:
             self._watch(x)
-        relu = is_relu(self.activation)
+        relu = self.activation is not None and is_relu(self.activation)
         tracked = self.training and self.track_running_stats
-        if tracked or not self.training:
-            check_both_running(self._views[2], self._views[3])
-        if not self.training and self._views[2] is not None:
+        _, _, running_mean, running_var = self._views
+        if (running_mean is None or running_var is None) and (tracked or not self.training):
+            check_both_running(running_mean, running_var)
+        if not self.training and running_mean is not None:
             check_eps(self.eps, training=False)
             weight, bias, mean, var = self._packed()
             return normalize_packed(
@@ -131,7 +132,7 @@ class _BatchNorm(State, Converters):
         if tracked:
             self.num_batches_tracked = count
             if n:
-                channels.update_running(rows[2:], n, factor, self._views[2], self._views[3])
+                channels.update_running(rows[2:], n, factor, running_mean, running_var)
         if self.training:
             if out is not None and type(out) is not type(x):
                 out = admit(out, self._ndims, self.backend)  # once more, for where it lies

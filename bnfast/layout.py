@@ -94,7 +94,7 @@ def plan(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[np.ge
     permuted = axes != identity
     return Plan(
         shape=shape,
-        dtype=dtype.newbyteorder("="),
+        dtype=dtype if dtype.isnative else dtype.newbyteorder("="),
         axes=axes if permuted else None,
         inverse=tuple(axes.index(axis) for axis in identity) if permuted else None,
         kernel_shape=kernel_shape,
