@@ -467,7 +467,7 @@ def _forward_arrays(
     Returns the forms of x and residual, ``out`` as `check_out` returns it, and the array that the
     kernels fill, with its form.
     """
-    residual_form = None
+    x_form, residual_form = kernels.view(x, plan), None
     if residual is not None:
         residual = check_like(residual, x, "residual", kernels)
         residual_form = kernels.view(residual, plan)
@@ -476,7 +476,7 @@ def _forward_arrays(
     else:
         out = check_out(out, x, plan, kernels, may_be={"x": x, "residual": residual})
         y = _destination(out, plan, kernels, x)
-    return kernels.view(x, plan), residual_form, out, y, kernels.view(y, plan)
+    return x_form, residual_form, out, y, kernels.view(y, plan)
 
 
 def _destination(out: Any, plan: Plan, kernels: Kernels, like: NDArray[Any]) -> NDArray[Any]:
