@@ -27,7 +27,7 @@ if config.ENABLE_CUDASIM:
 from cuda.core import Linker, LinkerOptions, ObjectCode
 from numba.cuda import dispatcher
 
-from bnfast.backends.cuda_kernels import driver
+from bnfast.backends.cuda_kernels import driver, elements
 from bnfast.backends.cuda_kernels.signatures import launch_bounds, signature
 
 LINKED = ((7, 5), (8, 0), (9, 0))
@@ -51,18 +51,19 @@ WIDE = {
 FUSED = ("rows.normalize", "rows.gradient", "columns.normalize", "columns.gradient")
 """Kernels whose error bound needs elements to be multiplied and added with one rounding."""
 
-over_kernels = pytest.mark.parametrize(
-    ("kernel", "itemsize"),
-    [
-        pytest.param(kernel, itemsize, id=f"{kernel}-float{8 * itemsize}")
-        for kernel in factories()
-        for itemsize in driver.real_types
-    ],
-)
+BY_INTEGERS = "bfloat16 by integers"
+"""Rounded without an instruction for it, for capabilities below `elements.ROUNDS_BFLOAT16`."""
 
-PTX_LOAD = {4: r"ld\.global(?:\.nc)?\.v4\.[bf]32", 8: r"ld\.global(?:\.nc)?\.v2\.[bf]64"}
-PTX_STORE = {4: r"st\.global\.v4\.[bf]32", 8: r"st\.global\.v2\.[bf]64"}
+ELEMENTS = elements.ELEMENT_TYPES | {BY_INTEGERS: elements.bfloat16_by_integers}
+
+over_kernels = pytest.mark.parametrize("kernel", factories())
+over_elements = pytest.mark.parametrize("element", ELEMENTS)
+
+VECTORS = {2: r"(?:v2\.[bu]32|v4\.[bu]16)", 4: r"v4\.[bf]32", 8: r"v2\.[bf]64"}
+"""What moves 16 bytes, or a vector of less, by the size of an element."""
+
 PTX_FMA = {4: "fma.rn.f32", 8: "fma.rn.f64"}
+PTX_ROUND = {"float16": "cvt.rn.f16.f32", "bfloat16": "cvt.rn.bf16.f32"}
 
 
 class Resources(NamedTuple):
@@ -89,30 +90,37 @@ def no_device() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def table(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, int], list[str]]]:
+def table(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], list[str]]]:
     """Collect the registers of each kernel, and print them in the end."""
-    rows: dict[tuple[str, int], list[str]] = {}
+    rows: dict[tuple[str, str], list[str]] = {}
     yield rows
     lines = [("registers a thread", [".".join(map(str, capability)) for capability in LINKED])]
-    for (kernel, itemsize), cells in rows.items():
-        lines.append((f"{kernel} float{8 * itemsize}", cells))
+    for names, cells in rows.items():
+        lines.append((" ".join(names), cells))
     plugins = request.config.pluginmanager
     with plugins.getplugin("capturemanager").global_and_fixture_disabled():
         for name, cells in lines:
-            text = f"\n{name:28}" + "".join(f"{cell:>6}" for cell in cells)
+            text = f"\n{name:38}" + "".join(f"{cell:>6}" for cell in cells)
             plugins.getplugin("terminalreporter").write(text)
 
 
 @functools.cache
-def ptx(kernel: str, itemsize: int, capability: tuple[int, int], blocks: int | None = None) -> str:
+def ptx(kernel: str, element: str, capability: tuple[int, int], blocks: int | None = None) -> str:
     """Return a kernel's PTX, for so many blocks a multiprocessor instead of its own number."""
-    real = driver.real_types[itemsize]
-    made = factories()[kernel](real)
-    threads, own = launch_bounds(made, real)
+    stored = ELEMENTS[element]
+    made = factories()[kernel](elements.computed_in(stored))
+    threads, own = launch_bounds(made, stored)
     compiled: tuple[str, Any] = cuda.compile_ptx(
-        made, signature(made, real), cc=capability, launch_bounds=(threads, blocks or own)
+        made, signature(made, stored), cc=capability, launch_bounds=(threads, blocks or own)
     )
     return compiled[0]
+
+
+def runs(element: str, capability: tuple[int, int]) -> bool:
+    """Return whether a GPU of that capability is given kernels for such elements."""
+    if not element.startswith("bfloat16"):
+        return True
+    return (element == BY_INTEGERS) == (capability < elements.ROUNDS_BFLOAT16)
 
 
 def link(text: str, capability: tuple[int, int]) -> Resources:
@@ -127,33 +135,46 @@ def link(text: str, capability: tuple[int, int]) -> Resources:
     return Resources(*map(int, registers + memory))
 
 
+@over_elements
 @over_kernels
-def test_everything_is_in_registers(kernel: str, itemsize: int, table: Any) -> None:
+def test_everything_is_in_registers(kernel: str, element: str, table: Any) -> None:
     needs = {
-        capability: link(ptx(kernel, itemsize, capability), capability) for capability in LINKED
+        capability: link(ptx(kernel, element, capability), capability)
+        for capability in LINKED
+        if runs(element, capability)
     }
-    table[kernel, itemsize] = [str(resources.registers) for resources in needs.values()]
+    table[kernel, element] = [
+        str(needs[capability].registers) if capability in needs else "" for capability in LINKED
+    ]
     spilled = {at: resources for at, resources in needs.items() if not resources.in_registers}
     assert not spilled
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("element", "capability"),
+    [(element, at) for element in ELEMENTS for at in CAPABILITIES if runs(element, at)],
+)
 @over_kernels
 def test_vectors_are_wide_and_products_fused(
-    kernel: str, itemsize: int, capability: tuple[int, int]
+    kernel: str, element: str, capability: tuple[int, int]
 ) -> None:
-    text = ptx(kernel, itemsize, capability)
+    text = ptx(kernel, element, capability)
     assert "sm_{}{}".format(*capability) in text
-    pieces = driver.VECTOR * itemsize // 16  # of a vector, each an instruction
+    stored, real = ELEMENTS[element], elements.computed_in(ELEMENTS[element])
+    itemsize = stored.bitwidth // 8
+    pieces = max(1, driver.VECTOR * itemsize // 16)  # of a vector, each an instruction
     loads, stores = WIDE[kernel]
-    assert len(re.findall(PTX_LOAD[itemsize], text)) >= loads * pieces
-    assert len(re.findall(PTX_STORE[itemsize], text)) >= stores * pieces
-    assert text.count(PTX_FMA[itemsize]) > 0 or kernel not in FUSED
+    vector = VECTORS[itemsize]
+    assert len(re.findall(rf"ld\.global(?:\.nc)?\.{vector}", text)) >= loads * pieces
+    assert len(re.findall(rf"st\.global\.{vector}", text)) >= stores * pieces
+    assert text.count(PTX_FMA[real.bitwidth // 8]) > 0 or kernel not in FUSED
+    if element in PTX_ROUND and stores:
+        assert text.count(PTX_ROUND[element]) >= stores * driver.VECTOR
     assert "call" not in text  # every device function is a part of its kernel
 
 
 def test_a_kernel_that_spills_is_noticed() -> None:
     """Eight blocks of 256 threads leave 32 registers for a thread."""
-    crowded = link(ptx("columns.moments", 8, (8, 0), blocks=8), (8, 0))
+    crowded = link(ptx("columns.moments", "float64", (8, 0), blocks=8), (8, 0))
     assert crowded.registers <= 32
     assert not crowded.in_registers

@@ -14,6 +14,7 @@ from numba import config
 from bnfast import registry
 from bnfast.backends.cuda_kernels import driver, launch
 from bnfast.backends.cuda_kernels.geometry import Launch, plan
+from bnfast.spec import STORAGE_DTYPES
 from bnfast.testing import KernelConformance, guard
 from bnfast.testing.bounds import assert_same_outputs
 from bnfast.testing.cases import OPERATIONS, draw
@@ -43,6 +44,15 @@ def assume():
 class TestCuda(KernelConformance):
     backend = "cuda"
     most_elements = 1100 if SIMULATED else None
+    dtypes = ("float32", "float64")
+
+
+class TestCudaStorage(KernelConformance):
+    """The same kernels but for the way to an element and back: in the simulator few arrays do."""
+
+    backend = "cuda"
+    most_elements = 200 if SIMULATED else None
+    dtypes = STORAGE_DTYPES
 
 
 class TestCudaManyParts(KernelConformance):
@@ -50,6 +60,7 @@ class TestCudaManyParts(KernelConformance):
 
     backend = "cuda"
     most_elements = 120 if SIMULATED else None
+    dtypes = ("float32", "float64") if SIMULATED else None
 
     @pytest.fixture(autouse=True)
     def many_parts(self, assume):

@@ -325,6 +325,7 @@ def test_dlpack_by_the_letter():
         "shape": (3, 4),
         "strides": None,
         "typestr": "|V2",
+        "dtype": "bfloat16",
         "data": (4096 + 256, False),
         "stream": 1,
     }

@@ -15,6 +15,7 @@ from typing import Any
 from bnfast.backends.cuda_kernels import failures
 from bnfast.device import DeviceArray
 from bnfast.layout import Plan
+from bnfast.spec import STORAGE_DTYPES as STORAGE_DTYPES
 from bnfast.spec import Channels, Floats
 
 

@@ -254,14 +254,13 @@ def leave_out_larger(suite: type, most_elements: int) -> None:
     _leave_out(suite, {"shape", "outliers"}, lambda value: _elements(value) <= most_elements)
 
 
-def leave_out_storage(suite: type, taken: tuple[str, ...]) -> None:
-    """Give it copies of these without the 16-bit dtypes that are not ``taken``."""
-    others = [value for value in STORAGE if storage_name(value) not in taken]
-    _leave_out(suite, {"dtype"}, lambda value: value not in others)
+def leave_out_dtypes(suite: type, kept: tuple[str, ...]) -> None:
+    """Give it copies of these without the dtypes that are not among those to be ``kept``."""
+    _leave_out(suite, {"dtype"}, lambda value: dtype_name(value) in kept)
 
 
-def storage_name(value: Any) -> str:
-    """Return the name of one of `STORAGE`."""
+def dtype_name(value: Any) -> str:
+    """Return the name of one of `ALL_DTYPES`."""
     return str(getattr(value, "__name__", None) or value.id)
 
 

@@ -41,6 +41,9 @@ class KernelConformance(ContractTests, RobustnessTests, StorageTests, Determinis
     most_elements : int or None
         Of arrays. Tests on larger ones are left out of the class, for a backend that runs in an
         emulator: about 1000 keep a case of nearly every test. None leaves out none.
+    dtypes : tuple of str or None
+        Names of the dtypes to test, of those that the backend takes: to give some of them smaller
+        arrays. None tests all.
     seed : int or None
         The seed of the random inputs; None draws a fresh one per run, which the report of a
         failed test prints.
@@ -54,6 +57,7 @@ class KernelConformance(ContractTests, RobustnessTests, StorageTests, Determinis
     backend: ClassVar[str | ModuleType]
     fma: bool = True
     most_elements: ClassVar[int | None] = None
+    dtypes: ClassVar[tuple[str, ...] | None] = None
     seed: ClassVar[int | None] = None
 
     def __init_subclass__(cls) -> None:
@@ -63,7 +67,10 @@ class KernelConformance(ContractTests, RobustnessTests, StorageTests, Determinis
             with contextlib.suppress(BackendUnavailableError, UnknownBackendError):
                 backend = registry.load(backend)
         if backend is not None and not isinstance(backend, str):
-            cases.leave_out_storage(cls, getattr(backend, "STORAGE_DTYPES", ()))
+            plain = tuple(cases.dtype_name(dtype) for dtype in cases.DTYPES)
+            cases.leave_out_dtypes(cls, plain + getattr(backend, "STORAGE_DTYPES", ()))
+        if vars(cls).get("dtypes") is not None:
+            cases.leave_out_dtypes(cls, cls.dtypes or ())
         if "most_elements" in vars(cls) and cls.most_elements is not None:
             cases.leave_out_larger(cls, cls.most_elements)
 

@@ -1,6 +1,7 @@
 """The device side of `bnfast.backends.numba_cuda`, one module per concern.
 
     driver      the only file that imports `cuda`: what kernels call, on a GPU and in the simulator
+    elements    how they are stored, and what they are computed in
     arithmetic  one element, one vector of them, one channel: device functions without barriers
     batches     several vectors of a thread at a time
     reductions  sums over the threads of a block
@@ -13,7 +14,7 @@
     arrays      what the backend takes for an array; with `copying` and `dlpack`
     failures    what can be wrong with a GPU, and the sentence for it
 
-A kernel is an undecorated function made by a factory, `factory(real)`, for elements of the type
+A kernel is an undecorated function made by a factory, `factory(real)`, that computes in the type
 ``real``. `launch` compiles it for the signature that its annotations spell. Arrays come as bare
 pointers: an argument costs one word, and kernels read ``x[i]`` with 64-bit ``i``.
 

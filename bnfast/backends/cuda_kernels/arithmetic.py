@@ -18,10 +18,9 @@ from bnfast.backends.cuda_kernels.driver import (
     float64,
     fma,
     int32,
-    load_vector,
     sqrt,
-    store_vector,
 )
+from bnfast.backends.cuda_kernels.elements import get, load_vector, put, store_vector
 
 LARGEST = 2.0**100
 SMALLEST = 2.0**-100
@@ -54,7 +53,7 @@ def load(x, i, end, aligned, values, at):
         for k in range(VECTOR):
             values[at + k] = 0.0
             if i + k < end:
-                values[at + k] = x[i + k]
+                values[at + k] = get(x, i + k)
 
 
 @device
@@ -65,7 +64,7 @@ def store(x, i, end, aligned, values, at):
     else:
         for k in range(VECTOR):
             if i + k < end:
-                x[i + k] = values[at + k]
+                put(x, i + k, values[at + k])
 
 
 @device

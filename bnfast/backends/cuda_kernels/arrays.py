@@ -56,7 +56,8 @@ def describe(x: Any) -> DeviceArray:
     Raises
     ------
     TypeError
-        If it has a mask, or its byte order is not the GPU's.
+        If it has a mask, or its byte order is not the GPU's; or, without the package ml_dtypes, if
+        its dtype is bfloat16.
     ValueError
         If its elements are not aligned.
     RuntimeError
@@ -164,7 +165,7 @@ def _interface_of(x: Any) -> tuple[dict[str, Any], int]:
 
 
 def _described(x: Any, interface: dict[str, Any], stream: int, device: int) -> DeviceArray:
-    dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
+    dtype, shape = _dtype_of(x, interface), tuple(interface["shape"])
     strides = interface.get("strides") or _row_major(shape, dtype.itemsize)
     address, read_only = interface["data"]
     if interface.get("mask") is not None:
@@ -179,6 +180,24 @@ def _described(x: Any, interface: dict[str, Any], stream: int, device: int) -> D
     return DeviceArray(
         x, shape, tuple(strides), dtype, address or 0, not read_only, f"cuda:{device}", stream
     )
+
+
+def _dtype_of(x: Any, interface: dict[str, Any]) -> np.dtype[Any]:
+    """Return the dtype of ``x``. Interfaces have no letter for bfloat16 and say "2 bytes"."""
+    dtype = np.dtype(interface["typestr"])
+    if dtype.kind != "V" or dtype.itemsize != 2:
+        return dtype
+    name = interface.get("dtype") or str(getattr(x, "dtype", "")).removeprefix("torch.")
+    if name != "bfloat16":
+        return dtype
+    try:
+        from ml_dtypes import bfloat16  # what gives NumPy the dtype
+    except ImportError as error:
+        raise TypeError(
+            "arrays of bfloat16 need the package ml_dtypes, which is not installed: "
+            "pip install ml_dtypes"
+        ) from error
+    return np.dtype(bfloat16)
 
 
 def _device_of(x: Any, address: int) -> int:

@@ -35,6 +35,7 @@ from bnfast.backends.cuda_kernels.driver import (
     float64,
     int32,
 )
+from bnfast.backends.cuda_kernels.elements import get, put
 from bnfast.backends.cuda_kernels.reductions import fold
 from bnfast.backends.cuda_kernels.signatures import Elements, Kernel, Numbers
 
@@ -97,7 +98,7 @@ def moments(real) -> Kernel:
             for k in range(VECTOR):
                 offs[k], squares[k] = 0.0, 0.0
                 inside = at + k < limit and begin + at + k < end
-                guesses[k] = float64(x[begin + at + k]) if inside else 0.0
+                guesses[k] = float64(get(x, begin + at + k)) if inside else 0.0
             start = begin
             while start < end:
                 for b in range(BATCH):
@@ -253,10 +254,11 @@ def normalize(real) -> Kernel:
                 j, stop = start + at, min(start + at + VECTOR, start + limit, end)
                 while j < stop:
                     c = remainder(j, channels)
-                    other = residual[j] if add else x[j]
-                    y[j] = output_of(
-                        x[j], other, moments, affine, divisor, eps, channels, c, add, relu
+                    other = get(residual, j) if add else get(x, j)
+                    value = output_of(
+                        get(x, j), other, moments, affine, divisor, eps, channels, c, add, relu
                     )
+                    put(y, j, value)
                     j += 1
                 start += wide
             step += divide(cuda.gridDim.x, tiles)
@@ -317,10 +319,12 @@ def gradient(real) -> Kernel:
                 j, stop = start + at, min(start + at + VECTOR, start + limit, end)
                 while j < stop:
                     c = remainder(j, channels)
-                    g = masked(dy[j], y[j] if relu else dy[j], relu)
+                    g = get(dy, j)
+                    g = masked(g, get(y, j) if relu else g, relu)
                     if passes:
-                        dresidual[j] = g
-                    dx[j] = gradient_of(g, x[j], factors, sums, count, channels, c)
+                        put(dresidual, j, g)
+                    dx_j = gradient_of(g, get(x, j), factors, sums, count, channels, c)
+                    put(dx, j, dx_j)
                     j += 1
                 start += wide
             step += divide(cuda.gridDim.x, tiles)

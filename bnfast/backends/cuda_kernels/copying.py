@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bnfast.backends.cuda_kernels import driver
+from bnfast.backends.cuda_kernels import driver, elements
 from bnfast.backends.cuda_kernels.driver import cuda, int64
 from bnfast.backends.cuda_kernels.signatures import Elements, Kernel, Numbers
 from bnfast.device import DeviceArray
@@ -46,7 +46,6 @@ def strided(real) -> Kernel:
 
 def run(source: DeviceArray, target: DeviceArray, stream: Any) -> None:
     """Copy all elements of one array to another of the same shape, which is not empty."""
-    itemsize = source.dtype.itemsize
     start_of_source, flat_source = _flat(source)
     start_of_target, flat_target = _flat(target)
     axes = _merged(source, target)
@@ -54,9 +53,9 @@ def run(source: DeviceArray, target: DeviceArray, stream: Any) -> None:
     table = np.array(
         [*lengths, 0, *source_steps, start_of_source, *target_steps, start_of_target], np.float64
     )
-    real = driver.real_types[itemsize]
+    element = elements.ELEMENT_TYPES[source.dtype.name]
     blocks = min(BLOCKS, -(-source.size // THREADS))
-    launch = driver.configure(strided(real), real, blocks, THREADS, stream)
+    launch = driver.configure(strided(element), element, blocks, THREADS, stream)
     launch(
         driver.pointer(flat_source),
         driver.pointer(flat_target),

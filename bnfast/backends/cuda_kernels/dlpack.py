@@ -10,6 +10,9 @@ import numpy as np
 _KINDS: Final = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}
 """NumPy's letters for DLPack's type codes: integer, unsigned, float, complex, bool."""
 
+_BFLOAT: Final = 4
+"""The type code of bfloat16, which NumPy has no letter for."""
+
 LEGACY_STREAM: Final = 1
 """The default stream that waits for all others: DLPack's and the array interface's number."""
 
@@ -37,14 +40,14 @@ _pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 def interface(x: Any) -> dict[str, Any]:
-    """Return what ``__cuda_array_interface__`` of ``x`` would say.
+    """Return what ``__cuda_array_interface__`` of ``x`` would say, and the name of bfloat16.
 
     Its producer is asked to order its work before the legacy default stream. The capsule is not
     consumed: it lets go of the memory when this function returns, and ``x`` keeps it.
     """
     capsule = x.__dlpack__(stream=LEGACY_STREAM)
     tensor = _pointer_of(capsule, b"dltensor").contents
-    kind = _KINDS.get(tensor.code, "V")  # bfloat16 and what NumPy has no letter for
+    kind = _KINDS.get(tensor.code, "V")
     if tensor.lanes != 1 or tensor.bits % 8:
         kind = "V"
     dtype = np.dtype(f"{kind}{max(1, tensor.bits // 8)}")
@@ -57,6 +60,7 @@ def interface(x: Any) -> dict[str, Any]:
         "shape": shape,
         "strides": strides,
         "typestr": dtype.str,
+        "dtype": "bfloat16" if tensor.code == _BFLOAT and dtype == "V2" else None,
         "data": ((tensor.data or 0) + tensor.byte_offset, False),
         "stream": LEGACY_STREAM,
     }

@@ -2,9 +2,9 @@
 
 Everything else imports ``cuda`` from here, at the top of its module, where Numba's simulator
 replaces it while a kernel runs. The functions below exist twice: for a GPU, where some of them are
-LLVM instructions that Numba has no name for, and as plain Python for the simulator.
+LLVM instructions that Numba has no name for, and as plain Python for the simulator. What reads and
+writes elements is in `elements`, in the same way.
 
-    real_types     the element types by their size in bytes
     device         decorates a function that kernels call
     configure      a kernel, its grid and a stream -> what launches it
     pointer        an array on the device -> the argument of a kernel
@@ -14,8 +14,6 @@ LLVM instructions that Numba has no name for, and as plain Python for the simula
     fma            a * b + c, rounded once
     divide         a // b of numbers that are not negative
     cast           a number in the type of another one
-    load_vector    `VECTOR` adjacent elements, by 16-byte loads, into a local array
-    store_vector   the way back
 """
 
 # What exists twice has two signatures, and type checkers see the simulator's `numba.cuda` only.
@@ -43,7 +41,8 @@ cuda: Any = _cuda  # whose names type checkers see only some of, those of the si
 SIMULATED: bool = bool(numba.config.ENABLE_CUDASIM)
 
 VECTOR = 4
-"""Elements that a thread loads and stores at a time: 16 bytes of float32, twice 16 of float64."""
+"""Elements that a thread moves at a time: 16 bytes of float32, 32 of float64, 8 where they have 16
+bits."""
 
 MOST_THREADS = 256
 """Threads of a block, at most: shared memory is reserved for as many."""
@@ -99,7 +98,7 @@ if SIMULATED:
         """Return the NumPy array that the simulator has for an array on the device."""
         return array._ary if hasattr(array, "_ary") else np.asarray(array)
 
-    def configure(kernel: Any, real: Any, blocks: int, threads: int, stream: Any) -> Any:
+    def configure(kernel: Any, element: Any, blocks: int, threads: int, stream: Any) -> Any:
         """Return a function that launches a kernel, which numbers cannot make fail or warn."""
         simulated = cuda.jit(kernel)
 
@@ -126,20 +125,9 @@ if SIMULATED:
         """Return ``value`` in the type of ``like``."""
         return type(like)(value)
 
-    def load_vector(pointer: Any, i: int, values: Any, at: int) -> None:
-        """Copy ``pointer[i : i + VECTOR]`` to ``values[at : at + VECTOR]``."""
-        for k in range(VECTOR):
-            values[at + k] = pointer[i + k]
-
-    def store_vector(pointer: Any, i: int, values: Any, at: int) -> None:
-        """Copy ``values[at : at + VECTOR]`` to ``pointer[i : i + VECTOR]``."""
-        for k in range(VECTOR):
-            pointer[i + k] = values[at + k]
-
 else:
     if cuda.implementation == "Built-in":
         raise ImportError(failures.BUILT_IN)
-    from llvmlite import ir
     from numba.cuda import types
     from numba.cuda.core.errors import NumbaPerformanceWarning
     from numba.cuda.extending import intrinsic
@@ -170,15 +158,16 @@ else:
         return 0 if array is None else address(array) + at * array.dtype.itemsize
 
     @functools.cache
-    def _compiled(kernel: Any, real: Any) -> Any:
-        return cuda.jit(signature(kernel, real), launch_bounds=launch_bounds(kernel, real))(kernel)
+    def _compiled(kernel: Any, element: Any) -> Any:
+        bounds = launch_bounds(kernel, element)
+        return cuda.jit(signature(kernel, element), launch_bounds=bounds)(kernel)
 
-    def configure(kernel: Any, real: Any, blocks: int, threads: int, stream: Any) -> Any:
+    def configure(kernel: Any, element: Any, blocks: int, threads: int, stream: Any) -> Any:
         """Return a function that launches a kernel."""
         with warnings.catch_warnings():
             # Small arrays need few blocks; Numba warns of that.
             warnings.simplefilter("ignore", NumbaPerformanceWarning)
-            return _compiled(kernel, real)[blocks, threads, stream]
+            return _compiled(kernel, element)[blocks, threads, stream]
 
     @device
     def barrier():
@@ -213,53 +202,6 @@ else:
 
         return like(value, like), generate
 
-    def _local_element(context, builder, array_type, array, at):
-        """Return the address of element ``at`` of a local array."""
-        struct = context.make_array(array_type)(context, builder, value=array)
-        return builder.gep(struct.data, [at])
-
-    @intrinsic
-    def load_vector(typing_context, pointer, i, values, at):
-        """Copy ``pointer[i : i + VECTOR]`` to ``values[at : at + VECTOR]``."""
-
-        def generate(context, builder, signature, arguments):
-            address, index, array, start = arguments
-            element = context.get_value_type(pointer.dtype)
-            vector = ir.VectorType(element, VECTOR)
-            source = builder.bitcast(builder.gep(address, [index]), vector.as_pointer())
-            loaded = builder.load(source)
-            loaded.align = 16
-            target = _local_element(context, builder, values, array, start)
-            for k in range(VECTOR):
-                lane = ir.Constant(ir.IntType(32), k)
-                builder.store(builder.extract_element(loaded, lane), builder.gep(target, [lane]))
-            return context.get_dummy_value()
-
-        return types.void(pointer, i, values, at), generate
-
-    @intrinsic
-    def store_vector(typing_context, pointer, i, values, at):
-        """Copy ``values[at : at + VECTOR]`` to ``pointer[i : i + VECTOR]``."""
-
-        def generate(context, builder, signature, arguments):
-            address, index, array, start = arguments
-            element = context.get_value_type(pointer.dtype)
-            vector = ir.VectorType(element, VECTOR)
-            source = _local_element(context, builder, values, array, start)
-            stored = ir.Constant(vector, ir.Undefined)
-            for k in range(VECTOR):
-                lane = ir.Constant(ir.IntType(32), k)
-                value = builder.load(builder.gep(source, [lane]))
-                stored = builder.insert_element(stored, value, lane)
-            target = builder.bitcast(builder.gep(address, [index]), vector.as_pointer())
-            builder.store(stored, target).align = 16
-            return context.get_dummy_value()
-
-        return types.void(pointer, i, values, at), generate
-
-
-real_types: dict[int, Any] = {4: float32, 8: float64}
-
 
 def unavailable() -> str | None:
     """Return None, or one sentence saying why kernels cannot run here."""
@@ -270,3 +212,9 @@ def unavailable() -> str | None:
 def multiprocessors(device: int) -> int:
     """Return how many multiprocessors a device has."""
     return 1 if SIMULATED else int(cuda.gpus[device].MULTIPROCESSOR_COUNT)
+
+
+@functools.cache
+def capability(device: int) -> tuple[int, int]:
+    """Return the compute capability of a device; the simulator does what the newest does."""
+    return (99, 0) if SIMULATED else tuple(cuda.gpus[device].compute_capability)

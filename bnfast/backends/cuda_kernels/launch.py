@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bnfast.backends.cuda_kernels import columns, driver, geometry, merging, rows
+from bnfast.backends.cuda_kernels import columns, driver, elements, geometry, merging, rows
 from bnfast.backends.cuda_kernels.arrays import Frame
 from bnfast.backends.cuda_kernels.driver import cuda, pointer
 from bnfast.backends.cuda_kernels.geometry import Launch
@@ -83,7 +83,8 @@ class Call:
         self.form = "rows" if x.ndim == 3 else "columns"
         self.channels: int = x.shape[1]
         self.plan = geometry.plan(tuple(x.shape), self.launch)
-        self.itemsize = x.dtype.itemsize
+        self.element = elements.element_type(x.dtype, self.frame.device)
+        self.alignment = elements.alignment(x.dtype.itemsize)
         self._copies: dict[int, Any] = {}
         self._results: list[tuple[Any, Any]] = []
 
@@ -95,7 +96,7 @@ class Call:
         try:
             if error is None:
                 for array, copy in self._results:
-                    copy.copy_to_host(array.reshape(-1), stream=self.stream)
+                    copy.copy_to_host(elements.flat(array), stream=self.stream)
         finally:
             self.frame.__exit__(kind, error, trace)
 
@@ -107,7 +108,7 @@ class Call:
         copy = self._copies.get(array.ctypes.data)
         if copy is None:
             with self.frame.memory_for("a copy of an input", array.nbytes):
-                copy = cuda.to_device(array.reshape(-1), stream=self.stream)
+                copy = cuda.to_device(elements.flat(array), stream=self.stream)
             self._copies[array.ctypes.data] = copy
         return copy
 
@@ -119,7 +120,8 @@ class Call:
         copy = self._copies.get(array.ctypes.data)
         if copy is None:
             with self.frame.memory_for("a result", array.nbytes):
-                copy = cuda.device_array(array.size, array.dtype, stream=self.stream)
+                flat = elements.flat(array)
+                copy = cuda.device_array(flat.size, flat.dtype, stream=self.stream)
         self._results.append((array, copy))
         return copy
 
@@ -152,26 +154,25 @@ class Call:
 
     def run(self, kernel: str, blocks: int, *arguments: Any) -> None:
         """Launch the kernel of that name: "rows.moments" and the like."""
-        launch = _configured(kernel, self.itemsize, blocks, self.launch.threads, self.stream)
+        launch = _configured(kernel, self.element, blocks, self.launch.threads, self.stream)
         launch(*arguments)
 
     def aligned(self, *arrays: Any) -> bool:
         """Return whether vectors of all arrays can be loaded and stored whole."""
         return self.plan.vectors and all(
-            array is None or driver.address(array) % 16 == 0 for array in arrays
+            array is None or driver.address(array) % self.alignment == 0 for array in arrays
         )
 
 
 @functools.lru_cache(1024)
-def _configured(kernel: str, itemsize: int, blocks: int, threads: int, stream: Any) -> Any:
-    return driver.configure(*_kernel(kernel, itemsize), blocks, threads, stream)
+def _configured(kernel: str, element: Any, blocks: int, threads: int, stream: Any) -> Any:
+    return driver.configure(_kernel(kernel, element), element, blocks, threads, stream)
 
 
 @functools.cache
-def _kernel(name: str, itemsize: int) -> tuple[Any, Any]:
+def _kernel(name: str, element: Any) -> Any:
     module, factory = name.split(".")
-    real = driver.real_types[itemsize]
-    return getattr(_MODULES[module], factory)(real), real
+    return getattr(_MODULES[module], factory)(elements.computed_in(element))
 
 
 def measure(call: Call, x: Any) -> Any:

@@ -51,6 +51,7 @@ from bnfast.backends.cuda_kernels.driver import (
     float64,
     int32,
 )
+from bnfast.backends.cuda_kernels.elements import get, put
 from bnfast.backends.cuda_kernels.geometry import TABLE
 from bnfast.backends.cuda_kernels.reductions import NUMBERS, total, totals
 from bnfast.backends.cuda_kernels.signatures import Elements, Kernel, Numbers
@@ -235,10 +236,11 @@ def normalize(real) -> Kernel:
                     stop = min(j + VECTOR, end) if misfit & 1 << b else j
                     while j < stop:
                         c = remainder(divide(j, size), channels)
-                        other = residual[j] if add else x[j]
-                        y[j] = output_of(
-                            x[j], other, moments, affine, divisor, eps, channels, c, add, relu
+                        other = get(residual, j) if add else get(x, j)
+                        value = output_of(
+                            get(x, j), other, moments, affine, divisor, eps, channels, c, add, relu
                         )
+                        put(y, j, value)
                         j += 1
                     b += 1
                 i += PAIR * VECTOR * threads
@@ -304,8 +306,10 @@ def gradient(real) -> Kernel:
                 else:
                     for j in range(i, min(i + VECTOR, end)):
                         c = remainder(divide(j, size), channels)
-                        g = masked(dy[j], y[j] if relu else dy[j], relu)
-                        dx[j] = gradient_of(g, x[j], factors, sums, count, channels, c)
+                        g = get(dy, j)
+                        g = masked(g, get(y, j) if relu else g, relu)
+                        dx_j = gradient_of(g, get(x, j), factors, sums, count, channels, c)
+                        put(dx, j, dx_j)
                 i += VECTOR * threads
             barrier()
             step += cuda.gridDim.x
