@@ -63,7 +63,7 @@ class Numba(Array):
         super().__init__(memory, device, int(stream) or None)
         self.gpu = gpu
         self.gpu_data = SimpleNamespace(context=gpu.context(device))
-        self.strides = memory.strides
+        self.strides, self.dtype = memory.strides, memory.dtype
 
     @property
     def __cuda_array_interface__(self):
@@ -78,7 +78,7 @@ class Cupy(Array):
     def __init__(self, memory, gpu, device=0):
         super().__init__(memory, device)
         self.gpu = gpu
-        self.device = gpu.gpus[device]
+        self.device, self.dtype = gpu.gpus[device], memory.dtype
 
     @property
     def stream(self):
@@ -325,9 +325,15 @@ def install(monkeypatch):
     return gpu
 
 
+def _memory_of(form):
+    """Return what a described array describes; everything else as it is."""
+    return np.asarray(form).view(form.dtype) if isinstance(form, DeviceArray) else form
+
+
 def _backend(arrays, gpu):
     """Return a backend of the real hooks and the reference's arithmetic."""
     module = ModuleType(BACKEND)
+    module.STORAGE_DTYPES = numpy_reference.STORAGE_DTYPES
     module.unavailable = lambda: None
     for hook in ("accepts", "describe", "view", "empty", "assign"):
         setattr(module, hook, getattr(arrays, hook))
@@ -344,14 +350,8 @@ def _backend(arrays, gpu):
                     frame.join(form)
                 gpu.launches.append((name, gpu.current, int(frame.stream)))
                 kernel(
-                    *(
-                        np.asarray(form) if isinstance(form, DeviceArray) else form
-                        for form in inputs
-                    ),
-                    **{
-                        key: np.asarray(form) if isinstance(form, DeviceArray) else form
-                        for key, form in outputs.items()
-                    },
+                    *(_memory_of(form) for form in inputs),
+                    **{key: _memory_of(form) for key, form in outputs.items()},
                 )
 
         return launch

@@ -17,6 +17,7 @@ from numba import config, cuda
 import bnfast
 import bnfast.functional as F
 from bnfast.testing.bounds import assert_same_bits
+from bnfast.testing.cases import ALL_DTYPES, STORAGE, over
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 on_gpu = pytest.mark.skipif(SIMULATED, reason="needs a GPU, and NUMBA_ENABLE_CUDASIM=0")
@@ -143,6 +144,32 @@ def test_training_and_gradients(library, values):
         assert_same_bits(name, getattr(layer, name), getattr(twin, name))
 
 
+@over("dtype", STORAGE)
+@pytest.mark.parametrize("gaps", [False, True])
+def test_16_bit_storage(rng, dtype, gaps):
+    """torch has no way from NumPy's bfloat16, nor has Numba: what it takes are its bits."""
+    x, dy = (rng.normal(3, 2, (4, 3, 2, 16)).astype(dtype)[..., :: 1 + gaps] for _ in range(2))
+    twin = on_host()
+    if SIMULATED:
+        put, get = OfNumba().put, OfNumba().get
+    else:
+        torch = pytest.importorskip("torch")
+        kind = getattr(torch, dtype.__name__)
+
+        def put(values):
+            bits = OfTorch().put(values.view(np.int16))
+            return bits.view(kind)
+
+        def get(tensor):
+            return tensor.view(torch.int16).cpu().numpy().view(dtype)
+
+    layer = new_layer()
+    with quick():
+        y, expected = layer(put(x)), twin(x)
+        assert_same_bits("y", get(y), expected)
+        assert_same_bits("dx", get(layer.backward(put(dy))), twin.backward(dy))
+
+
 def test_reversed_axes(library, numbers):
     if library.kind.__module__.startswith("torch"):
         pytest.skip("torch's strides are not negative")
@@ -207,7 +234,7 @@ CUTS = (
 
 
 @simulated
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@over("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("broadcast", [False, True])
 @pytest.mark.parametrize(
     "shape", [(1,), (7,), (40,), (2, 3), (1, 1, 1), (2, 1, 3, 2), (2, 3, 2, 1, 2, 2)]

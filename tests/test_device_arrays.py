@@ -7,6 +7,7 @@ and the results are those of the ``numpy`` backend to the bit.
 from __future__ import annotations
 
 import ctypes
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ import bnfast.functional as F
 from bnfast import device
 from bnfast.backends.cuda_kernels import dlpack
 from bnfast.testing.bounds import assert_same_bits
+from bnfast.testing.cases import STORAGE, over
 
 
 def assert_order_of(expected, result):
@@ -108,6 +110,45 @@ def test_arrays_without_elements(kind, numbers, shape):
 def test_float64(kind, rng):
     x = rng.normal(size=SHAPE)
     assert_same_bits("y", bnfast.BatchNorm2d(3)(kind(x)).memory, on_host(x))
+
+
+@over("dtype", STORAGE)
+@pytest.mark.parametrize("name", ["cupy", "torch", "numba"])
+def test_16_bit_storage(gpu, rng, name, dtype):
+    kind = Kind(gpu, name)
+    x, residual, gaps = (rng.normal(3, 2, (4, 3, 2, 8 * n)).astype(dtype) for n in (1, 1, 2))
+    layer, twin = bnfast.BatchNorm2d(3), bnfast.BatchNorm2d(3, backend="numpy")
+    for given in (x, gaps[..., ::2]):
+        y, expected = layer(kind(given), kind(residual)), twin(given, residual)
+        assert type(y) is kind.result
+        assert_same_bits("y", y.memory, expected)
+        assert_same_bits("dx", layer.backward(kind(x)).memory, twin.backward(x))
+    with pytest.raises(TypeError, match=f"^residual should have the dtype of x, {dtype.__name__}"):
+        layer(kind(x), kind(x.astype(np.float32)))
+
+
+def test_float16_of_every_kind(kind, rng):
+    x = rng.normal(3, 2, SHAPE).astype(np.float16)
+    assert_same_bits("y", bnfast.BatchNorm2d(3)(kind(x)).memory, on_host(x))
+
+
+def test_bfloat16_needs_the_package_that_has_it(gpu, numbers, monkeypatch):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    tensor = Kind(gpu, "torch")(numbers(*SHAPE).astype(ml_dtypes.bfloat16))
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    layer = bnfast.BatchNorm2d(3)
+    message = (
+        "arrays of bfloat16 need the package ml_dtypes, which is not installed: "
+        "pip install ml_dtypes"
+    )
+    refused(TypeError, message, layer, tensor)
+    assert layer.num_batches_tracked == 0
+
+
+def test_two_bytes_of_nobody_knows_what(gpu, numbers):
+    x = Kind(gpu, "interface")(numbers(*SHAPE).astype(np.float16).view("V2"))
+    with pytest.raises(TypeError, match=r"^expected an array of float16, .* got dtype \|V2; cast"):
+        bnfast.BatchNorm2d(3)(x)
 
 
 def test_a_dense_array_is_not_copied(kind, numbers, gpu):
@@ -310,7 +351,8 @@ def test_dlpack_dtypes(gpu, dtype):
     assert described.address == values_.__array_interface__["data"][0]
 
 
-def test_dlpack_by_the_letter():
+def test_bfloat16_by_the_letter_of_dlpack(gpu):
+    pytest.importorskip("ml_dtypes")
     lengths = (ctypes.c_int64 * 2)(3, 4)
     bfloat16 = {"code": 4, "bits": 16, "lanes": 1}
     tensor = dlpack._Tensor(
@@ -320,7 +362,8 @@ def test_dlpack_by_the_letter():
     new_capsule.restype = ctypes.py_object
     new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     capsule = new_capsule(ctypes.addressof(tensor), b"dltensor", None)
-    assert dlpack.interface(SimpleNamespace(__dlpack__=lambda stream: capsule)) == {
+    array = SimpleNamespace(__dlpack__=lambda stream: capsule, __dlpack_device__=lambda: (2, 1))
+    assert dlpack.interface(array) == {
         "version": 3,
         "shape": (3, 4),
         "strides": None,
@@ -329,3 +372,7 @@ def test_dlpack_by_the_letter():
         "data": (4096 + 256, False),
         "stream": 1,
     }
+    described = gpu.arrays.describe(array)
+    assert described.dtype.name == "bfloat16"
+    assert described.strides == (8, 2)
+    assert described.place == "cuda:1"

@@ -85,9 +85,9 @@ def test_state_on_a_device(kind):
 
 BAD_ARRAYS = {
     "dtype": (
-        lambda put, numbers: {"x": put(numbers(*SHAPE).astype(np.float16))},
+        lambda put, numbers: {"x": put(numbers(*SHAPE).astype(np.int16))},
         TypeError,
-        "backend 'cuda' takes arrays of float32 and float64 here, got dtype float16; cast it "
+        "expected an array of float16, bfloat16, float32 or float64, got dtype int16; cast it "
         "first, for example x.astype(np.float32)",
     ),
     "ndim": (

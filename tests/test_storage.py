@@ -36,7 +36,7 @@ def unaligned(x):
 
 @pytest.fixture(params=[name for name in registry._table if name != "cuda"])
 def backend(request) -> str:
-    """Return each backend that takes 16-bit storage here."""
+    """Return each backend of the host that takes 16-bit storage here; see `test_cuda_arrays`."""
     try:
         kernels = registry.load(request.param)
     except BackendUnavailableError as error:

@@ -184,7 +184,7 @@ def _described(x: Any, interface: dict[str, Any], stream: int, device: int) -> D
 
 def _dtype_of(x: Any, interface: dict[str, Any]) -> np.dtype[Any]:
     """Return the dtype of ``x``. Interfaces have no letter for bfloat16 and say "2 bytes"."""
-    dtype = np.dtype(interface["typestr"])
+    dtype: np.dtype[Any] = np.dtype(interface["typestr"])
     if dtype.kind != "V" or dtype.itemsize != 2:
         return dtype
     name = interface.get("dtype") or str(getattr(x, "dtype", "")).removeprefix("torch.")
@@ -197,7 +197,8 @@ def _dtype_of(x: Any, interface: dict[str, Any]) -> np.dtype[Any]:
             "arrays of bfloat16 need the package ml_dtypes, which is not installed: "
             "pip install ml_dtypes"
         ) from error
-    return np.dtype(bfloat16)
+    dtype = np.dtype(bfloat16)
+    return dtype
 
 
 def _device_of(x: Any, address: int) -> int:

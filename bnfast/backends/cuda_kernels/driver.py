@@ -96,7 +96,9 @@ if SIMULATED:
 
     def _host(array: Any) -> Any:
         """Return the NumPy array that the simulator has for an array on the device."""
-        return array._ary if hasattr(array, "_ary") else np.asarray(array)
+        if hasattr(array, "_ary"):
+            return array._ary
+        return np.asarray(array).view(array.dtype)  # bfloat16 has no letter in an interface
 
     def configure(kernel: Any, element: Any, blocks: int, threads: int, stream: Any) -> Any:
         """Return a function that launches a kernel, which numbers cannot make fail or warn."""

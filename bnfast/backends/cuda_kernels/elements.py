@@ -16,7 +16,7 @@ kernels for it are compiled for two element types, which stand for the one or th
 As `driver`, everything is here twice: for a GPU, and for the simulator.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,attr-defined,misc"
 
 from __future__ import annotations
 
