@@ -30,7 +30,11 @@ static bn_index bn_core_cache = (bn_index)1 << 20, bn_last_cache = (bn_index)32 
 #define BN_ROW_PART 16384
 #define BN_ROW_PART_ROWS 128
 
+/* Elements of a wide row, at least; of large arrays in 16 bits more, since what a row costs beside
+   its elements is not half of it. */
 #define BN_FOLD 64
+#define BN_FOLD_16BIT 256
+#define BN_FOLD_16BIT_FROM 1048576
 #define BN_ROW_PARTS 64
 
 /* Channels whose factors are found at once, before the threads start. */
@@ -173,7 +177,8 @@ static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_inde
             call->ahead = bn_ahead(call, BN_AHEAD, call->slab * inner, channels * inner);
         return;
     }
-    call->fold = bn_min(bn_ceil(BN_FOLD, channels), outer);
+    const int wider = kernels->itemsize == 2 && outer * channels >= BN_FOLD_16BIT_FROM;
+    call->fold = bn_min(bn_ceil(wider ? BN_FOLD_16BIT : BN_FOLD, channels), outer);
     call->width = call->fold * channels;
     call->rows = outer / call->fold;
     call->rest = outer % call->fold * channels;

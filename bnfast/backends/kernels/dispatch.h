@@ -154,6 +154,15 @@ static inline int bn_fits(double value)
 static const double bn_keep[2 * BN_LANES] = {[BN_LANES] = 1, 1, 1, 1, 1, 1, 1, 1,
                                              1, 1, 1, 1, 1, 1, 1, 1};
 
+/* Where the 16-bit words of a vector come from when each becomes the upper half of 32 bits, whose
+   lower half is 0 by the mask BN_UPPER; and on the way back, when these halves are gathered. */
+typedef uint16_t bn_words __attribute__((vector_size(64)));
+#define BN_UPPER 0xaaaaaaaau
+static const bn_words bn_upper_from = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                       0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+static const bn_words bn_upper_to = {1,  3,  5,  7,  9,  11, 13, 15,
+                                     17, 19, 21, 23, 25, 27, 29, 31};
+
 /* Turn a block's first mean, and the sums of deviations from it and of their squares, into its
    moments. The first mean is a guess, or carries the rounding of a long sum; the deviations tell
    by how much it is off. */

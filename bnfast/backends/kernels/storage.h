@@ -4,7 +4,8 @@
    F16C does that for float16. Elsewhere it is done in integers: bfloat16 is the upper half of a
    float; float16 has its own exponent, and subnormals, which a multiplication and an addition of
    powers of two bring into place. NaN has a case of its own, where rounding could make it infinity.
-   Needs REAL, STORE, FN, BN_STORAGE, the vector types of vectors.h. */
+   With AVX-512 bfloat16 goes up and down by one permutation of 16-bit words, which is a conversion
+   and a shift in one.  Needs REAL, STORE, FN, BN_STORAGE, the vector types of vectors.h. */
 
 #if BN_STORAGE == BN_PLAIN
 
@@ -60,6 +61,9 @@ static inline FN(vector) FN(raise)(FN(stored) some)
     const FN(vector) scaled = (FN(vector))((bits & 0x7fff) << 13) * 0x1p112f;
     const FN(words) infinite = (scaled >= 0x1p16f) & 0x7f800000;
     return (FN(vector))((FN(words))scaled | infinite | (bits & 0x8000) << 16);
+#elif BN_LEVEL == 2
+    return (FN(vector))_mm512_maskz_permutexvar_epi16(BN_UPPER, (__m512i)bn_upper_from,
+                                                      _mm512_castsi256_si512((__m256i)some));
 #else
     return (FN(vector))(FN(spread_bits)(some) << 16);
 #endif
@@ -79,6 +83,15 @@ static inline FN(stored) FN(round)(FN(vector) some)
     const FN(words) infinite = ((some != some) & 0x200) | 0x7c00; /* or NaN */
     const FN(words) number = FN(choose)(size < 0x47800000, finite, infinite);
     return FN(pack_bits)((FN(bits))(number | (bits >> 16 & 0x8000)));
+#elif BN_LEVEL == 2
+    const __m512i bits = (__m512i)some;
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)some, (__m512)some, _CMP_UNORD_Q);
+    __m512i nearest = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    nearest = _mm512_mask_add_epi32(nearest, odd, bits, _mm512_set1_epi32(0x8000));
+    nearest = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x400000));
+    nearest = _mm512_permutexvar_epi16((__m512i)bn_upper_to, nearest);
+    return (FN(stored))_mm512_castsi512_si256(nearest);
 #else
     const FN(bits) bits = (FN(bits))some, nan = (FN(bits))(some != some);
     const FN(bits) nearest = bits + ((bits >> 16 & 1) + 0x7fff);

@@ -149,8 +149,9 @@ static inline FN(narrow) FN(get_narrow)(const STORE *x)
 #elif BN_LEVEL == 2 && BN_STORAGE == BN_HALF
     return (FN(narrow))_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
 #elif BN_LEVEL == 2
-    const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x));
-    return (FN(narrow))_mm256_slli_epi32(words, 16);
+    const __m256i words = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)x));
+    const __m256i from = _mm512_castsi512_si256((__m512i)bn_upper_from);
+    return (FN(narrow))_mm256_maskz_permutexvar_epi16((__mmask16)BN_UPPER, from, words);
 #elif BN_LEVEL == 1 && BN_STORAGE == BN_HALF
     return (FN(narrow))_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)x));
 #elif BN_LEVEL == 1
