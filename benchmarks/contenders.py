@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Protocol
 
 import limit
 import numpy as np
-from cases import AXES, EPS, LAYOUTS, OPERATIONS, Case, Problem
+from cases import AXES, DTYPES, EPILOGUES, EPS, LAYOUTS, OPERATIONS, STORAGE, Case, Problem
 from measuring import Call
 from numpy.typing import NDArray
 
@@ -76,6 +76,17 @@ class Contender(NamedTuple):
         }
 
 
+LAYERS: dict[int, Any] = {
+    2: bnfast.BatchNorm1d,
+    3: bnfast.BatchNorm1d,
+    4: bnfast.BatchNorm2d,
+    5: bnfast.BatchNorm3d,
+}
+"""The layers by the number of dimensions that they take."""
+
+EVERYWHERE = ("shapes", "sizes", "channels", "ranks", *EPILOGUES, "storage")
+
+
 def bnfast_layer(problem: Problem, backend: str, into_out: bool = False) -> Call:
     """The layer as a user calls it; the gradient as the function that takes saved statistics."""
     x, case = problem.x, problem.case
@@ -84,10 +95,15 @@ def bnfast_layer(problem: Problem, backend: str, into_out: bool = False) -> Call
         mean, invstd = problem.batch
         arguments = (problem.dy, x, problem.weight, mean, invstd)
         return lambda: F.batch_norm_backward(*arguments, out=out, backend=backend)[:3]
-    bn = bnfast.BatchNorm2d(case.shape[1], EPS, dtype=case.dtype, backend=backend)
+    layer = LAYERS[len(case.shape)]
+    activation = "relu" if problem.relu else None
+    dtype, count = problem.weight.dtype, case.shape[1]
+    bn = layer(count, EPS, dtype=dtype, activation=activation, backend=backend)
     bn.train(case.operation == "training")
     bn.weight, bn.bias = problem.weight, problem.bias
     bn.running_mean, bn.running_var = problem.running_mean.copy(), problem.running_var.copy()
+    if problem.residual is not None:
+        return lambda: bn(x, problem.residual, out=out)
     return (lambda: bn(x, out=out)) if into_out else (lambda: bn(x))
 
 
@@ -249,7 +265,8 @@ def _contenders() -> Iterator[tuple[str, Contender]]:
             packages=("bnfast", "numpy", "numba") if name == "numba" else ("bnfast", "numpy"),
             instruction_set=partial(_backend_instructions, name),
             threads=_one if name == "numpy" else bnfast.get_num_threads,
-            suites=("shapes",) if name == "numpy" else ("shapes", "sizes", "channels"),
+            dtypes=(*DTYPES, *STORAGE),
+            suites=("shapes",) if name == "numpy" else EVERYWHERE,
             backend=name,
         )
         yield name, row
@@ -281,7 +298,8 @@ def _contenders() -> Iterator[tuple[str, Contender]]:
             make=lambda problem: limit.moves(problem, bnfast.get_num_threads()),
             packages=(),
             instruction_set=limit.instruction_set,
-            suites=("shapes", "sizes", "channels"),
+            dtypes=(*DTYPES, *STORAGE),
+            suites=EVERYWHERE,
         ),
     )
 

@@ -14,7 +14,20 @@ from statistics import geometric_mean
 from typing import NamedTuple
 
 import numpy as np
-from cases import CHANNELS, LARGE, LAYOUTS, OPERATIONS, RESNET50, SHAPES, SIZES, Case, Shape
+from cases import (
+    BIG,
+    CHANNELS,
+    LARGE,
+    LAYOUTS,
+    OPERATIONS,
+    RANKS,
+    RESNET50,
+    SHAPES,
+    SIZES,
+    STORAGE,
+    Case,
+    Shape,
+)
 from saved import LIMIT, Run
 
 COLUMNS = ("cython out=", "cython", "numba out=", "numba")
@@ -25,7 +38,6 @@ GPU_COLUMNS = ("cuda out=", "cuda")
 
 SMALL = SHAPES[:1]
 BODY = SHAPES[1:]
-BIG = tuple(shape for shape in SHAPES if 4 * np.prod(shape) > 50e6)
 
 ON_GPU = tuple(
     (suite, shape)
@@ -60,6 +72,9 @@ def lines(run: Run) -> Iterator[Line]:
     yield from _backward(run)
     yield from _numba(run)
     yield from _evenness(run)
+    yield from _ranks(run)
+    yield from _epilogues(run)
+    yield from _storage(run)
 
 
 def gpu_lines(run: Run) -> Iterator[Line]:
@@ -159,6 +174,38 @@ def _evenness(run: Run) -> Iterator[Line]:
             yield Line(text, False, 0.05, _difference(single, double), OUT)
 
 
+def _ranks(run: Run) -> Iterator[Line]:
+    for operation in ("inference", "training"):
+        for shape, layout, other in RANKS:
+            own, same = (
+                _over(run, operation, at, [of], _share, suite="ranks")(max)
+                for at, of in (("NCHW", shape), (layout, other))
+            )
+            labels = (Case("", "", "", "", of).label for of in (other, shape))
+            text = "{}, limit / time: {} {} less {}".format(operation, layout, *labels)
+            yield Line(text, False, 0.05, _difference(same, own), OUT)
+
+
+def _epilogues(run: Run) -> Iterator[Line]:
+    for layout in LAYOUTS:
+        relu = _over(run, "inference", layout, BIG, _to_plain, suite="epilogue-relu")
+        text = f"inference {layout} with ReLU, time / without: most of big"
+        yield Line(text, False, 1.05, relu(max), OUT)
+        residual = _over(run, "inference", layout, BIG, _share, suite="epilogue-residual")
+        text = f"inference {layout} with a residual, limit of two reads and a write / time"
+        yield Line(f"{text}: least of big", True, 0.85, residual(min), OUT)
+
+
+def _storage(run: Run) -> Iterator[Line]:
+    for operation in ("inference", "training"):
+        for layout in LAYOUTS:
+            for dtype in STORAGE:
+                times = _over(run, operation, layout, BIG, _to_float32, "storage", dtype)(max)
+                text = f"{operation} {layout}, time / float32: most of big, {dtype}"
+                yield Line(text, False, 0.6, times, ("cython out=", "cython"))
+                yield Line(text, False, 0.7, times, NUMBA)
+
+
 Ratio = Callable[[Run, Case, str], float | None]
 
 
@@ -183,6 +230,14 @@ def _to_fastest(run: Run, case: Case, column: str) -> float | None:
     ratios = [run.ratio(case, column, column, other) for other in others]
     present = [ratio for ratio in ratios if ratio is not None]
     return max(present) if len(present) == len(ratios) else None
+
+
+def _to_plain(run: Run, case: Case, column: str) -> float | None:
+    return run.ratio(case, column, column, case._replace(suite="epilogue-plain"))
+
+
+def _to_float32(run: Run, case: Case, column: str) -> float | None:
+    return run.ratio(case, column, column, case._replace(dtype="float32"))
 
 
 def _peer(run: Run, case: Case, column: str) -> float | None:

@@ -1,11 +1,11 @@
 """The row ``limit``: the time that moving the bytes of a case takes, and nothing else.
 
 Batch norm does almost no arithmetic, so no implementation is faster than reading its inputs and
-writing its output once. How fast that is, `limit.c` finds out: it copies an array (backward: reads
-two and writes one) with the widest instructions that the CPU has, on as many threads as bnfast
-uses. Ordinary stores win where the arrays fit the cache, stores past the cache where they do not,
-one thread where waking a second takes longer than the copy: each of these is measured like a
-contender of its own, and the row shows the fastest.
+writing its output once. How fast that is, `limit.c` finds out: it copies an array (backward, or
+with a residual: reads two and writes one) with the widest instructions that the CPU has, on as many
+threads as bnfast uses. Ordinary stores win where the arrays fit the cache, stores past the cache
+where they do not, one thread where waking a second takes longer than the copy: each of these is
+measured like a contender of its own, and the row shows the fastest.
 
 The source is compiled when it is first needed, by the compiler in ``CC`` or ``cc``; without one
 there is no limit, and the row fails.
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cases import TOUCHED, Problem
+from cases import Problem
 from numpy.typing import NDArray
 
 SOURCE = Path(__file__).with_name("limit.c")
@@ -98,8 +98,7 @@ class Move:
 def moves(problem: Problem, threads: int) -> dict[str, Move]:
     """Return the ways to move the bytes of a problem that may be the fastest, by name."""
     case = problem.case
-    size = case.elements * np.dtype(case.dtype).itemsize
-    arrays = [_aligned(size) for _ in range(TOUCHED[case.operation])]
+    arrays = [_aligned(problem.x.nbytes) for _ in range(1 + len(problem.inputs))]
     for array, values in zip(arrays[1:], problem.inputs, strict=True):
         array[:] = values.ravel("K").view(np.uint8)
     counts = [1] if threads == 1 or case.elements <= SERIAL_UP_TO else []

@@ -20,6 +20,14 @@ from saved import LIMIT, Run
 
 RATED = ("cython out=", "cython", "numba out=", "numba", "cuda out=", "cuda")
 
+SUITE_TITLES = {
+    "ranks": ": other ranks, and 4 dimensions of the same bytes",
+    "epilogue-plain": ": nothing fused",
+    "epilogue-relu": ", ReLU fused",
+    "epilogue-residual": ", residual fused",
+    "storage": ": beside other dtypes",
+}
+
 GPU_TITLES = dict(zip(GPU_SUITES, ("", ": ResNet-50, batch 32", ": large arrays"), strict=True))
 
 
@@ -74,6 +82,18 @@ def page(run: Run, pictures: list[tuple[str, str]]) -> Iterator[str]:
         yield from section(
             run, f"Inference, {layout}, the same bytes in 1, 3 and 64 channels", cases
         )
+    for suite, what in SUITE_TITLES.items():
+        for operation in OPERATIONS:
+            for layout in LAYOUTS:
+                cases = [
+                    case
+                    for case in run.groups
+                    if (case.suite, case.operation, case.layout) == (suite, operation, layout)
+                ]
+                for dtype in dict.fromkeys(case.dtype for case in cases):
+                    some = [case for case in cases if case.dtype == dtype]
+                    title = f"{operation.title()}, {layout}, {dtype}{what}"
+                    yield from section(run, title, some)
     for suite, what in GPU_TITLES.items():
         for operation in OPERATIONS:
             for dtype in DTYPES:

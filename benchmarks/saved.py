@@ -80,10 +80,9 @@ class Run:
         return min(ratios, default=None)
 
 
-def shape_of(info: dict[str, Any]) -> tuple[int, int, int, int]:
+def shape_of(info: dict[str, Any]) -> tuple[int, ...]:
     """Return the shape, which JSON has made a list."""
-    n, c, h, w = info["shape"]
-    return n, c, h, w
+    return tuple(info["shape"])
 
 
 def writes_out(contender: str) -> bool:
