@@ -34,7 +34,7 @@ static bn_index bn_core_cache = (bn_index)1 << 20, bn_last_cache = (bn_index)32 
    its elements is not half of it. */
 #define BN_FOLD 64
 #define BN_FOLD_16BIT 256
-#define BN_FOLD_16BIT_FROM 1048576
+#define BN_FOLD_16BIT_FROM 524288
 #define BN_ROW_PARTS 64
 
 /* Channels whose factors are found at once, before the threads start. */
