@@ -109,7 +109,7 @@ static inline bn_index bn_ahead(const bn_call *call, bn_index ahead, bn_index le
 {
     if (call->inner >= BN_TILE || call->outer == 1)
         return ahead;
-    const bn_index at_once = call->rows ? BN_ROWS : call->inner < BN_SHORT ? BN_RUNS : 1;
+    const bn_index at_once = call->rows ? BN_ROWS : bn_runs(call->inner);
     return bn_max(at_once, ahead / length) * stride;
 }
 
