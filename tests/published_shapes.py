@@ -100,7 +100,7 @@ LARGE_EDGES: list[Shape] = [
     (88, 900, 16, 16),
     (88, 980, 16, 16),
 ]
-"""More of the last kind. Left out is (3072, 64, 112, 112): each of its arrays takes 10 GB."""
+"""More of the last kind. Left out is (3072, 64, 112, 112): an array of it takes 10 GB."""
 
 
 def networks(batch: int) -> list[Shape]:
