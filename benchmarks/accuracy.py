@@ -48,8 +48,9 @@ RATIOS_16BIT = (1.0, 10.0, 100.0)
 """Above that a 16-bit dtype holds hardly two distinct numbers of a channel."""
 
 COUNTS = (2, 10, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
-ELEMENTS, CHANNELS = 1 << 17, 1 << 12
-"""Of an array: as many elements, unless the subject is slow, but no more channels."""
+ELEMENTS, CHANNELS = 1 << 17, (2, 1 << 12)
+"""Of an array: as many elements, unless the subject is slow, in at least and at most so many
+channels. One channel would have the same memory in both layouts."""
 
 FEW_RATIOS = (1.0, 1e3, 1e6, 1e7)
 """For a million elements per channel and more."""
@@ -102,14 +103,12 @@ class Drawn(NamedTuple):
 
 
 def cells(
-    operations: tuple[str, ...], dtypes: tuple[str, ...], most: int = COUNTS[-1]
+    operations: tuple[str, ...], dtypes: tuple[str, ...], counts: tuple[int, ...]
 ) -> Iterator[Cell]:
-    """Yield what is measured, up to so many elements per channel."""
+    """Yield what is measured."""
     for operation in operations:
         for dtype in dtypes:
-            for count in COUNTS:
-                if count > most:
-                    continue
+            for count in counts:
                 ratios = RATIOS_16BIT if dtype in FORMATS else RATIOS
                 for ratio in ratios:
                     if count < 1_000_000 or ratio in FEW_RATIOS:
@@ -125,10 +124,9 @@ def as_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def draw(rng: np.random.Generator, cell: Cell, elements: int) -> Drawn:
+def draw(rng: np.random.Generator, cell: Cell, channels: int) -> Drawn:
     """Draw a problem with its own std, weight and bias for each channel, of either sign."""
     dtype = as_dtype(cell.dtype)
-    channels = max(1, elements // cell.count)
     vectors = np.float64 if cell.dtype == "float64" else np.float32
 
     def stored(values: NDArray[Any], kind: Any) -> NDArray[np.float64]:
@@ -287,9 +285,8 @@ def measure(cell: Cell, rng: np.random.Generator, names: tuple[str, ...]) -> Ite
         ]
         if not takers or (slow and cell.count not in FEW_COUNTS):
             continue
-        least = min(FEW_ELEMENTS if slow else ELEMENTS, CHANNELS * cell.count)
-        elements = max(cell.count, least)
-        drawn = draw(rng, cell, elements)
+        channels = (FEW_ELEMENTS if slow else ELEMENTS) // cell.count
+        drawn = draw(rng, cell, min(max(channels, CHANNELS[0]), CHANNELS[1]))
         judge = Judge(drawn, cell)
         problems = {layout: handed_over(drawn, cell, layout) for _, layout in takers}
         for name, layout in takers:
@@ -325,10 +322,11 @@ def main() -> None:
     parser.add_argument("saved", nargs="*", type=Path, help="files that --save has written")
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="measure, and write this")
     parser.add_argument("--into", type=Path, metavar="DIRECTORY", help="write tables and plots")
-    parser.add_argument("--quick", action="store_true", help="few elements per channel")
+    parser.add_argument("--quick", action="store_true", help="at most 10,000 per channel")
     parser.add_argument("--only", action="append", metavar="SUBJECT", choices=list(SUBJECTS))
     parser.add_argument("--operation", action="append", choices=OPERATIONS)
     parser.add_argument("--dtype", action="append", choices=DTYPES)
+    parser.add_argument("--count", action="append", type=int, choices=COUNTS)
     parser.add_argument("--seed", type=int, default=np.random.SeedSequence().entropy % 2**32)
     options = parser.parse_args()
     import accuracy_report
@@ -338,8 +336,10 @@ def main() -> None:
     else:
         names = tuple(options.only or SUBJECTS)
         rows = []
-        chosen = tuple(options.operation or OPERATIONS), tuple(options.dtype or DTYPES)
-        for cell in cells(*chosen, most=10_000 if options.quick else COUNTS[-1]):
+        counts = options.count or [n for n in COUNTS if n <= TYPICAL or not options.quick]
+        for cell in cells(
+            tuple(options.operation or OPERATIONS), tuple(options.dtype or DTYPES), tuple(counts)
+        ):
             place = [OPERATIONS.index(cell.operation), DTYPES.index(cell.dtype)]
             rng = np.random.default_rng([options.seed, *place, cell.count, int(cell.ratio)])
             rows += measure(cell, rng, names)

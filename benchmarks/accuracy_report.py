@@ -68,16 +68,15 @@ def columns_of(name: str) -> list[str]:
 
 
 def read(paths: list[Path]) -> Report:
-    """Return what files hold, together; the circumstances are those of the last."""
-    rows: list[Row] = []
+    """Return what files hold, together. Of two that have measured the same, the later counts."""
+    rows: dict[tuple[str, str, Cell], Row] = {}
     circumstances: dict[str, Any] = {}
     for path in paths:
         saved = json.loads(path.read_text(encoding="utf-8"))
         circumstances = saved["circumstances"]
-        rows += [
-            Row(name, layout, Cell(*cell), *rest) for name, layout, cell, *rest in saved["rows"]
-        ]
-    return Report(circumstances, rows)
+        for name, layout, cell, *rest in saved["rows"]:
+            rows[name, layout, Cell(*cell)] = Row(name, layout, Cell(*cell), *rest)
+    return Report(circumstances, list(rows.values()))
 
 
 def write(report: Report, directory: Path) -> None:
@@ -167,7 +166,7 @@ def _by_ratio(report: Report, operation: str, dtype: str) -> Iterator[str]:
 
 def _by_count(report: Report, operation: str, dtype: str) -> Iterator[str]:
     columns = report.subjects(operation, dtype)
-    ratio = 10.0 if dtype in FORMATS else 1e3
+    ratio = 1.0 if dtype in FORMATS else 1e3
     counts = sorted({row.cell.count for row in report.rows if row.cell.ratio == ratio})
     yield f"Largest, at mean/std = {ratio:g}:"
     yield ""
