@@ -8,10 +8,12 @@ For each operation, dtype, number n of elements per channel and ratio mean/std, 
 problem and gives it to every subject of `subjects`. The error of an element is counted in ulps of
 the dtype at a scale, that of `bnfast.spec`:
 
-    y          t = max(|weight| max(1, |xhat|), |bias|, |y|)
-    dx         the sum of the magnitudes of its three terms
-    dweight,   the sum of the magnitudes of the terms; in ulps of the parameters' dtype, which is
-    dbias      float32 unless x is float64
+    y          t = max(|weight| max(1, |xhat|), |bias|, |residual|, |y|)
+    dx         |weight| invstd (|g| + |mean(g)| + max(1, |xhat|) |mean(g xhat)|), the sum of its
+               terms' magnitudes; of float64, whose sums over g and g xhat are themselves rounded
+               to float64, with means of magnitudes: mean(|g|) and mean(|g| max(1, |xhat|))
+    dweight,   these means times n; in ulps of the parameters' dtype, which is float32 unless x is
+    dbias      float64
 
 and compared with the bound of the contract, of which a `Row` has the largest share. float64 bounds,
 and float64 sums, grow with 1 + |mean|/std, because a mean in float64 is itself rounded.
@@ -35,7 +37,7 @@ from numpy.typing import NDArray
 os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")  # Numba looks once, when it is imported
 
 import exact
-from subjects import DTYPES, EPS, LAYOUTS, OPERATIONS, SUBJECTS, Problem
+from subjects import DTYPES, EPS, LAYOUTS, OPERATIONS, SUBJECTS, TRAINING, Problem
 
 import bnfast
 from bnfast import registry, spec
@@ -142,7 +144,7 @@ def draw(rng: np.random.Generator, cell: Cell, channels: int) -> Drawn:
     # Running statistics: near those of the batch, without being them.
     mean = stored((centre + std * rng.uniform(-1.0, 1.0, std.shape))[:, 0], vectors)
     var = stored((std**2 * rng.uniform(0.5, 2.0, std.shape))[:, 0], vectors)
-    if cell.operation == "inference":
+    if cell.operation not in TRAINING:
         given = exact.Statistics(exact.fractions(mean), exact.fractions(var))
     else:
         given = exact.statistics(x)
@@ -191,25 +193,27 @@ class Judge:
             made = exact.gradient(drawn.x, drawn.dy, drawn.given, drawn.weight, EPS)
         self.made, self.parts = made, []
         self.magnitudes = np.zeros((2, len(drawn.weight)))
+        if made is not None:
+            for part in self._chunks():
+                g, xhat = np.abs(drawn.dy[:, part]), (drawn.x[:, part] - mean.high) * invstd
+                terms = g, g * np.maximum(1.0, np.abs(xhat))
+                self.magnitudes += [term.sum(axis=1) for term in terms]
         for part in self._chunks():
             x, g = drawn.x[:, part], drawn.dy[:, part]
             xhat = (x - mean.high) * invstd
             if made is None:
-                result = exact.output(x, mean, scale, drawn.bias)
+                result, added = exact.output(x, mean, scale, drawn.bias), np.zeros_like(g)
+                if cell.operation == "residual":
+                    result, added = exact.add(result, exact.single(g)), g
                 size = spec.output_scale(
-                    xhat, drawn.weight[:, None], drawn.bias[:, None], 0.0, result.high
+                    xhat, drawn.weight[:, None], drawn.bias[:, None], added, result.high
                 )
             else:
                 result = exact.gradient_input(x, g, mean, made)
-                size = spec.gradient_scale(
-                    g,
-                    xhat,
-                    invstd,
-                    drawn.weight[:, None],
-                    made.shift.high,
-                    made.slope.high / invstd,
-                )
-                self.magnitudes += np.abs(g).sum(axis=1), np.abs(g * xhat).sum(axis=1)
+                sums = made.shift.high, made.slope.high / invstd
+                if cell.dtype == "float64":
+                    sums = tuple(self.magnitudes[..., None] / cell.count)
+                size = spec.gradient_scale(g, xhat, invstd, drawn.weight[:, None], *sums)
             self.parts.append((part, result, ulp(size, cell.dtype), self._float64(size)))
 
     def _chunks(self) -> Iterator[slice]:
@@ -256,7 +260,8 @@ class Judge:
         if self.made is not None:
             return spec.DX_ULPS_FLOAT32
         fused = name != "cython, no FMA"
-        return spec.Y_ULPS_FLOAT32 if fused else spec.Y_ULPS_FLOAT32_WITHOUT_FMA
+        ulps = spec.Y_ULPS_FLOAT32 if fused else spec.Y_ULPS_FLOAT32_WITHOUT_FMA
+        return ulps + spec.Y_ULPS_RESIDUAL * (self.cell.operation == "residual")
 
     def _sums(self, dweight: Any, dbias: Any) -> float:
         """Return the larger error of dweight and dbias; of float64, by 1 + |mean|/std."""

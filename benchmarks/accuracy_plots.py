@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib as mpl
 from accuracy_report import Report
 from matplotlib.figure import Figure
-from subjects import OPERATIONS
 
 from bnfast import spec
 
@@ -25,6 +24,7 @@ SHOWN = {
     "OpenVINO": ("C5", ">"),
 }
 
+OPERATIONS = ("inference", "training", "backward")
 BOUNDS = {"inference": spec.Y_ULPS_FLOAT32, "training": spec.Y_ULPS_FLOAT32}
 
 mpl.rcParams.update(

@@ -16,7 +16,9 @@ UNITS = {
     "inference": "y, in ulps of t",
     "training": "y, in ulps of t",
     "backward": "dx, in ulps of the sum of its terms' magnitudes",
+    "residual": "y, in ulps of t",
 }
+TITLES = {"residual": "Inference and a residual"}
 
 
 class Report(NamedTuple):
@@ -107,7 +109,7 @@ def page(report: Report, pictures: list[tuple[str, str]]) -> Iterator[str]:
         for dtype in DTYPES:
             if report.subjects(operation, dtype):
                 yield ""
-                yield f"## {operation.title()}, {dtype}"
+                yield f"## {TITLES.get(operation, operation.title())}, {dtype}"
                 yield ""
                 yield f"Errors of {UNITS[operation]}."
                 yield ""
@@ -131,8 +133,8 @@ def _bounds(report: Report) -> Iterator[str]:
     """The largest share of the contract's bound, over all ratios and counts."""
     yield "The largest error of y and dx as a share of the bound that the contract has for a dtype;"
     yield "that of dweight and dbias in ulps of the parameters' dtype at the sum of their terms'"
-    yield "magnitudes, for float64 by 1 + |mean|/std. Over all n, both layouts, and mean/std up to"
-    yield "1e6; in brackets with 1e7, of which nothing is promised."
+    yield "magnitudes, |xhat| at least 1, and for float64 by 1 + |mean|/std. Over all n, both"
+    yield "layouts, and mean/std up to 1e6; in brackets with 1e7, of which nothing is promised."
     yield ""
     names = [name for name in SUBJECTS if SUBJECTS[name].backend is not None]
     yield "| | " + " | ".join(names) + " |"

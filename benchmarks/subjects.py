@@ -1,7 +1,7 @@
 """Whose errors are measured, and how each is called: the table `SUBJECTS`.
 
-A subject is given a `Problem` and returns y (inference, training), or dx, dweight and dbias
-(backward: of training, from x and dy alone, so that errors of the saved statistics count).
+A subject is given a `Problem` and returns y (inference, training, residual), or dx, dweight and
+dbias (backward: of training, from x and dy alone, so that errors of the saved statistics count).
 
     cython, numba, numpy   bnfast's backends; "cython, no FMA" on the lowest instruction set
     cuda                   in Numba's simulator or on a GPU; few elements in the simulator
@@ -34,7 +34,10 @@ EPS = float(np.float32(1e-5))
 
 AXES = (0, 2, 3)
 LAYOUTS = ("NCHW", "channels-last")
-OPERATIONS = ("inference", "training", "backward")
+OPERATIONS = ("inference", "training", "backward", "residual")
+"""The last is inference with ``dy`` added to the result."""
+
+TRAINING = ("training", "backward")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -84,10 +87,10 @@ def layer(problem: Problem, backend: str) -> Any:
     """The layer, as a user calls it."""
     x, kind = problem.x, problem.weight.dtype
     bn = bnfast.BatchNorm2d(x.shape[1], EPS, dtype=kind, backend=backend)
-    bn.train(problem.operation != "inference")
+    bn.train(problem.operation in TRAINING)
     bn.weight, bn.bias = problem.weight, problem.bias
     bn.running_mean, bn.running_var = problem.mean, problem.var
-    y = bn(x)
+    y = bn(x, problem.dy if problem.operation == "residual" else None)
     if problem.operation != "backward":
         return y
     return bn.backward(problem.dy), bn.grad_weight, bn.grad_bias
@@ -143,7 +146,7 @@ def torch_module(problem: Problem) -> Any:
         for vector in (problem.weight, problem.bias, problem.mean, problem.var)
     )
     module = torch.nn.BatchNorm2d(problem.x.shape[1], EPS, dtype=weight.dtype)
-    module.train(problem.operation != "inference")
+    module.train(problem.operation in TRAINING)
     with torch.no_grad():
         module.weight.copy_(weight)
         module.bias.copy_(bias)
@@ -151,7 +154,8 @@ def torch_module(problem: Problem) -> Any:
     x = tensor(problem.x)
     if problem.operation != "backward":
         with torch.no_grad():
-            return array(module(x))
+            y = module(x)
+            return array(y + tensor(problem.dy) if problem.operation == "residual" else y)
     x.requires_grad_()
     module(x).backward(tensor(problem.dy))
     return array(x.grad), array(module.weight.grad), array(module.bias.grad)
@@ -165,12 +169,13 @@ def numpy_formula(problem: Problem) -> Any:
         for vector in (problem.weight, problem.bias, problem.mean, problem.var)
     )
     eps = dtype.type(EPS)
-    if problem.operation != "inference":
+    if problem.operation in TRAINING:
         mean, var = x.mean(AXES, keepdims=True), x.var(AXES, keepdims=True)
     inverse = dtype.type(1) / np.sqrt(var + eps)
     xhat = (x - mean) * inverse
     if problem.operation != "backward":
-        return xhat * weight + bias
+        y = xhat * weight + bias
+        return y + problem.dy if problem.operation == "residual" else y
     dy, count = problem.dy, dtype.type(x[:, 0].size)
     dbias, dweight = dy.sum(AXES), (dy * xhat).sum(AXES)
     shared = dbias[:, None, None] + xhat * dweight[:, None, None]

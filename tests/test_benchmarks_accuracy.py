@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from accuracy import Cell, Judge, Row
 from accuracy_report import Report
-from subjects import LAYOUTS, SUBJECTS
+from subjects import LAYOUTS, OPERATIONS, SUBJECTS
 
-BACKENDS = tuple(name for name in ("cython", "numba", "numpy", "cython, no FMA"))
+BACKENDS = ("cython", "numba", "numpy", "cython, no FMA")
 SMALL = [
     Cell(operation, dtype, count, ratio)
-    for operation in ("inference", "training", "backward")
+    for operation in OPERATIONS
     for dtype, ratio in (("float32", 1e3), ("float64", 1e6), ("float16", 10.0), ("bfloat16", 1.0))
     for count in (2, 100)
 ]
