@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from accuracy_report import Report
+from accuracy_report import LEAST, Report
 from matplotlib.figure import Figure
 
 from bnfast import spec
@@ -43,7 +43,9 @@ def save(report: Report, directory: Path) -> list[tuple[str, str]]:
     """Write the plots; return the title and the file of each."""
     saved = []
     for dtype in ("float32", "float64"):
-        saved.append((f"Largest error over mean/std, {dtype}, all n", f"accuracy-{dtype}.svg"))
+        saved.append(
+            (f"Largest error over mean/std, {dtype}, n from {LEAST} on", f"accuracy-{dtype}.svg")
+        )
         _write(report, dtype, "ratio", directory / saved[-1][1])
     saved.append(("Largest error over n, float32, mean/std = 1000", "accuracy-n.svg"))
     _write(report, "float32", "count", directory / saved[-1][1])
@@ -69,6 +71,8 @@ def _panel(report: Report, axes: Any, operation: str, dtype: str, over: str) -> 
     for name, (colour, marker) in SHOWN.items():
         largest: dict[float, float] = {}
         for row in report.select(name, operation, dtype, 1e3 if over == "count" else None):
+            if over == "ratio" and row.cell.count < LEAST:
+                continue
             at = getattr(row.cell, over)
             largest[at] = max(row.largest, largest.get(at, 0.0))
         if largest:

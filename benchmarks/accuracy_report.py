@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accuracy import RATIOS, RATIOS_16BIT, TYPICAL, Cell, Row
+from accuracy import FEW_RATIOS, RATIOS, RATIOS_16BIT, TYPICAL, Cell, Row
 from subjects import DTYPES, LAYOUTS, OPERATIONS, SUBJECTS
 
 from bnfast.testing.reference import FORMATS
@@ -18,6 +18,9 @@ UNITS = {
     "backward": "dx, in ulps of the sum of its terms' magnitudes",
     "residual": "y, in ulps of t",
 }
+LEAST = 100
+"""Of fewer elements mean/std can be anything, whatever it was drawn with."""
+
 TITLES = {"residual": "Inference and a residual"}
 
 
@@ -57,6 +60,11 @@ class Report(NamedTuple):
             and ratio in (None, row.cell.ratio)
             and count in (0, row.cell.count)
         ]
+
+    def many(self, column: str, operation: str, dtype: str, ratio: float) -> list[Row]:
+        """Return the same for a ratio, without counts below `LEAST`."""
+        rows = self.select(column, operation, dtype, ratio)
+        return [row for row in rows if row.cell.count >= LEAST]
 
     @staticmethod
     def _is(row: Row, column: str) -> bool:
@@ -157,12 +165,13 @@ def _share(rows: list[Row], what: str) -> str:
 
 def _by_ratio(report: Report, operation: str, dtype: str) -> Iterator[str]:
     columns = report.subjects(operation, dtype)
-    yield "Largest, over all n:"
+    few = ", ".join(f"{r:g}" for r in FEW_RATIOS)
+    yield f"Largest, over all n from {LEAST} on; a million and more were taken at {few} alone:"
     yield ""
     yield "| mean/std | " + " | ".join(columns) + " |"
     yield "|---" * (len(columns) + 1) + "|"
     for ratio in RATIOS_16BIT if dtype in FORMATS else RATIOS:
-        figures = [_largest(report.select(c, operation, dtype, ratio)) for c in columns]
+        figures = [_largest(report.many(c, operation, dtype, ratio)) for c in columns]
         yield f"| {ratio:.0e} | ".replace("e+0", "e") + " | ".join(figures) + " |"
 
 
