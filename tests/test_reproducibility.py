@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from backends_here import AVAILABLE, over_backends
+from fresh_python import output_of
 from strided import WRITABLE, permuted
 
 import bnfast
@@ -200,6 +201,47 @@ def test_training_in_channels_last_with_avx2_and_avx512(rng, on_level, shape, dt
     problem, lay = Problem(rng, shape, dtype), permuted(LAYOUTS["channels-last"])
     one, other = (on_level(level, lambda: problem.train("cython", lay)) for level in LEVELS)
     assert_same_outputs("AVX-512 against AVX2", other, one)
+
+
+NUMBA_RESULTS = """
+import os
+import numpy as np
+import bnfast, bnfast.functional as F
+with np.load(os.environ["GIVEN"]) as file:
+    given = dict(file)
+made = {}
+for dtype in (np.float32, np.float64):
+    x, dy = (given[name].astype(dtype) for name in ("x", "dy"))
+    last, dy_last = (np.moveaxis(np.moveaxis(a, 1, -1).copy(), -1, 1) for a in (x, dy))
+    vectors = [given[name] for name in ("mean", "var", "weight", "bias")]
+    made[f"inference {dtype.__name__}"] = F.batch_norm(x, *vectors, backend="numba")
+    y, mean, invstd = F.batch_norm_with_stats(last, *vectors[2:], backend="numba")
+    gradients = F.batch_norm_backward(dy_last, last, vectors[2], mean, invstd, backend="numba")
+    for i, array in enumerate((y, mean, invstd, *gradients[:3])):
+        made[f"training {dtype.__name__} {i}"] = array
+np.savez(os.environ["MADE"], **made)
+print(bnfast.show_config("dict")["backends"]["numba"]["instruction_set"])
+"""
+AVX2 = {
+    "NUMBA_CPU_NAME": "haswell",
+    "NUMBA_CPU_FEATURES": "+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c,+popcnt,+lzcnt",
+}
+
+
+@pytest.mark.slow
+def test_numba_compiled_for_avx2_and_for_avx512(rng, tmp_path):
+    """Inference in NCHW, whose statistics are given, and training in channels-last."""
+    if "numba" not in AVAILABLE or registry.load("numba").instruction_set() != "avx512f":
+        pytest.skip("Numba does not compile for AVX-512 here")
+    problem, files = Problem(rng, (3, 37, 20, 21), np.float32), {}
+    names = ("x", "dy", "mean", "var", "weight", "bias")
+    np.savez(tmp_path / "given.npz", **{name: getattr(problem, name) for name in names})
+    for level, environment in (("avx512f", {}), ("avx2", AVX2)):
+        paths = {"GIVEN": str(tmp_path / "given.npz"), "MADE": str(tmp_path / f"{level}.npz")}
+        assert output_of(NUMBA_RESULTS, **environment, **paths) == level
+        with np.load(paths["MADE"]) as file:
+            files[level] = dict(file)
+    assert_same_outputs("AVX-512 against AVX2", files["avx512f"], files["avx2"])
 
 
 @over("dtype", tuple(dtype for dtype in ALL_DTYPES if dtype is not np.float64))
