@@ -8,7 +8,8 @@ Header
 ``--slow``
     Also runs the tests marked ``slow``.
 Closing lines
-    For each backend how many tests of the conformance suite really ran on it.
+    For each backend how many tests of the conformance suite really ran on it, and how many cases
+    of oneDNN's benchdnn.
 ``NUMBA_ENABLE_CUDASIM=0``
     Tests the CUDA kernels on a GPU. Otherwise they run in Numba's simulator.
 """
@@ -98,16 +99,23 @@ def pytest_report_header(config: pytest.Config) -> Iterator[str]:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Say on which backends the conformance suite ran, and how much of it."""
-    ran = Counter(
-        value
+    """Say on which backends the conformance suite ran, and how much of it; so for `exact_data`."""
+    properties = [
+        item
         for outcome in ("passed", "failed")
         for report in terminalreporter.getreports(outcome)
-        for key, value in report.user_properties
-        if key == "conformance_backend" and report.when == "call"
-    )
+        if report.when == "call"
+        for item in report.user_properties
+    ]
+    ran = Counter(value for key, value in properties if key == "conformance_backend")
     counts = ", ".join(f"{name} {count} tests" for name, count in ran.items())
     terminalreporter.write_line(f"conformance ran on: {counts or 'no backend'}")
+    cases: Counter[str] = Counter()
+    for key, value in properties:
+        if key.startswith("benchdnn-style cases"):
+            cases[key] += value
+    for key, count in cases.items():
+        terminalreporter.write_line(f"{key}: {count}")
     if absent := [name for name in _required(config) if name not in ran]:
         terminalreporter.write_line(f"required, but not conformance-tested: {', '.join(absent)}")
 

@@ -163,16 +163,3 @@ def test_a_constant_channel_gives_the_bias(rng, form, value, training, backend):
     np.testing.assert_array_equal(y, np.broadcast_to(bias, y.shape))
     if training:
         np.testing.assert_array_equal(layer.running_var, np.zeros(7))
-
-
-@over_backends
-def test_a_sample_is_independent_of_its_batch_and_place(rng, backend):
-    x = rng.normal(3, 2, (9, 6, 5, 7)).astype(np.float32)
-    layer = bnfast.BatchNorm2d(6, activation="relu", backend=backend).eval()
-    layer.load_state_dict(
-        {"running_mean": rng.normal(size=6), "running_var": rng.uniform(1, 2, 6)}, strict=False
-    )
-    whole = layer(x)
-    for n in range(9):
-        np.testing.assert_array_equal(layer(x[n : n + 1]), whole[n : n + 1])
-        np.testing.assert_array_equal(layer(x[n:, :, ::-1]), whole[n:, :, ::-1])
