@@ -1,0 +1,378 @@
+"""Batch normalisation in ONNX's reference evaluator: right for every opset, and fast.
+
+======================  =========================================================================
+`ReferenceEvaluator`    a drop-in for ``onnx.reference.ReferenceEvaluator``: change the import
+`BatchNormalization`    the operator alone, for ``new_ops=`` of onnx's own evaluator
+`profile`               what each batch-norm node of a model costs, in the stock operator and here
+======================  =========================================================================
+
+Importing this module imports onnx; nothing else in bnfast does. The kernels are those of the
+backend in force: `bnfast.use_backend`, `bnfast.set_backend` and ``BNFAST_BACKEND`` apply.
+
+What a node means is in `bnfast.interop.onnx_nodes`, which nodes run as one call in
+`bnfast.interop.onnx_fusion`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import FunctionProto
+from onnx.reference import ReferenceEvaluator as _Stock
+from onnx.reference.op_run import OpRun, RuntimeTypeError
+
+from bnfast import functional
+from bnfast.checks import admit
+from bnfast.interop import onnx_fusion
+from bnfast.interop.onnx_nodes import Node, Settings, linked
+from bnfast.spec import Channels
+
+if TYPE_CHECKING:
+    from bnfast.interop.onnx_profile import Profile
+
+__all__ = ["BatchNormalization", "ReferenceEvaluator", "profile"]
+
+
+class BatchNormalization(OpRun):
+    """ONNX's operator BatchNormalization, of every version: 1, 6, 7, 9, 14 and 15.
+
+    For ``new_ops=`` of onnx's own evaluator, which passes it on to the bodies of If, Loop and Scan
+    but not to model-local functions. `ReferenceEvaluator` reaches those too.
+
+    Parameters
+    ----------
+    onnx_node : onnx.NodeProto
+        The node.
+    run_params : dict
+        As the evaluator passes it; the opset is read from ``run_params["opsets"]``.
+
+    Raises
+    ------
+    ValueError
+        When the model is loaded: for missing inputs, unknown attributes, attributes of another
+        type, and outputs that the node's mode does not have. When it is run: for shapes that do not
+        fit. The message names the node, its opset, and what was expected.
+    onnx.reference.op_run.RuntimeTypeError
+        For types that this version of the operator does not have, with such a message.
+
+    Notes
+    -----
+    Every version computes what the text of the standard says::
+
+        inference   Y = (X - mean) / sqrt(var + epsilon) * scale + B
+        training    the same with mean and population variance of X for each channel;
+                    running = input * momentum + current * (1 - momentum)
+
+    Statistics are computed in float64, whatever the type of X, and rounded once. Versions 1 and 6
+    train unless ``is_test`` is set, 7 and 9 where more outputs than Y are asked for, 14 and 15 with
+    ``training_mode``. X may have any rank from 1 on, (N,) meaning C = 1, also where an old version
+    speaks of four dimensions only; and its type may differ from those of the other inputs, also
+    where an old version has one type for all. ``consumed_inputs`` of version 1 has no effect.
+
+    Examples
+    --------
+    >>> x = np.array([[1.0, 2.0], [3.0, 6.0]], np.float32)
+    >>> ones, zeros = np.ones(2, np.float32), np.zeros(2, np.float32)
+    >>> BatchNormalization.eval(x, ones, zeros, ones, 4 * ones, epsilon=0.0)
+    array([[0. , 0.5],
+           [1. , 2.5]], dtype=float32)
+    """
+
+    op_domain = ""
+
+    def __init__(self, onnx_node: Any, run_params: dict[str, Any]) -> None:
+        node = Node(onnx_node, run_params["opsets"][""])
+        # With the version in force as the schema, there are its attributes and no others. Version 1
+        # requires one that has no effect.
+        required = [name for name, value in node.schema.attributes.items() if value.required]
+        for name in required:
+            setattr(self, name, None)
+        super().__init__(onnx_node, run_params, node.schema)
+        self._node = node
+        self._attributes = {name: getattr(self, name) for name in node.schema.attributes}
+        self._linked = linked(self._attributes)
+        if not self._linked:
+            node.settings = node.resolve(self._attributes)
+
+    def run(
+        self,
+        *inputs: Any,
+        linked_attributes: Mapping[str, Any] | None = None,
+        residual: NDArray[Any] | None = None,
+        relu: bool = False,
+        **unused: Any,
+    ) -> tuple[NDArray[Any] | None, ...]:
+        """Compute the node's outputs.
+
+        Parameters
+        ----------
+        *inputs : ndarray
+            X, scale, B, input_mean and input_var.
+        linked_attributes : mapping, optional
+            The attributes of the function around the node, where it uses any.
+        residual : ndarray like X, optional
+            Added to Y.
+        relu : bool
+            Whether to apply ReLU to Y, last.
+        **unused
+            What the evaluator passes to nodes with subgraphs.
+
+        Returns
+        -------
+        tuple of ndarray or None
+            One for each output that the node names, None for those of an empty name.
+        """
+        settings = self._node.settings or self._settings(linked_attributes)
+        return self._outputs(inputs, settings, residual, relu)
+
+    def _run(self, *inputs: Any, **attributes: Any) -> tuple[NDArray[Any] | None, ...]:
+        """Compute the outputs with attributes that take the place of the node's own."""
+        settings = self._node.resolve({**self._attributes, **attributes})
+        return self._outputs(inputs, settings, None, False)
+
+    def _settings(self, given: Mapping[str, Any] | None) -> Settings:
+        """Return the settings with the attributes of the function around the node."""
+        missing = sorted(set(self._linked.values()) - set(given or ()))
+        if missing or given is None:
+            self._node.refuse(f"the function around it should be given {', '.join(missing)}")
+        values = {own: given[outer] for own, outer in self._linked.items()}
+        return self._node.resolve({**self._attributes, **values})
+
+    def _outputs(
+        self, inputs: tuple[Any, ...], settings: Settings, residual: Any, relu: bool
+    ) -> tuple[NDArray[Any] | None, ...]:
+        x, *vectors = self._node.check_arrays(inputs, settings)
+        shape = x.shape
+        features = shape[1:2] if settings.spatial and len(shape) > 1 else (vectors[0].size,)
+        rest = shape[2:] if settings.spatial else ()
+        form = (*shape[:1], *features, *rest)
+        if form != shape:
+            x = x.reshape(form)
+            residual = None if residual is None else residual.reshape(form)
+        weight, bias, mean, var = [vector.astype(np.float64).reshape(-1) for vector in vectors]
+        if relu:
+            bias += 0.0  # -0.0 becomes 0.0: of -0.0, NumPy's maximum with 0 makes 0.0
+        try:
+            x = admit(x, None)
+            if not settings.training:
+                y = functional.normalize_packed(
+                    x, mean, var, weight, bias, settings.epsilon, residual, relu, None, None
+                )
+                return (y.reshape(shape), *[None] * (len(self._node.wanted) - 1))
+            y, batch_mean, batch_var = _train(x, weight, bias, settings.epsilon, residual, relu)
+        except (TypeError, ValueError) as error:
+            kind = RuntimeTypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{self._node}: {error}") from error
+        old, share = settings.momentum, 1.0 - settings.momentum
+        with np.errstate(all="ignore"):
+            computed = [
+                (old * mean + share * batch_mean, vectors[2]),
+                (old * var + share * batch_var, vectors[3]),
+                (batch_mean, vectors[2]),
+                (batch_var, vectors[3]),
+            ]
+            statistics = [
+                value.astype(self._node.statistics_dtype(x, like)).reshape(like.shape)
+                if wanted
+                else None
+                for wanted, (value, like) in zip(self._node.wanted[1:], computed, strict=False)
+            ]
+        return (y.reshape(shape), *statistics)
+
+
+def _train(
+    x: NDArray[Any], weight: Channels, bias: Channels, eps: float, residual: Any, relu: bool
+) -> tuple[NDArray[Any], Channels, Channels]:
+    """Normalise with the statistics of ``x``; return them too, the variance being the biased one.
+
+    In ONNX one value per channel is a batch like any other, of variance 0; and none has NaN.
+    """
+    mean, m2 = np.empty(weight.shape), np.empty(weight.shape)
+    if x.size > weight.size:
+        y, count = functional.train_packed(
+            x, weight, bias, mean, m2, eps, residual, relu, None, None
+        )
+        return y, mean, m2 / count
+    if x.size:
+        moments = functional.moments(x)
+        mean, m2 = moments.mean, moments.m2
+    else:
+        mean, m2 = np.full(weight.shape, np.nan), np.full(weight.shape, np.nan)
+    y = functional.normalize_packed(x, mean, m2, weight, bias, eps, residual, relu, None, None)
+    return y, mean, m2
+
+
+class ReferenceEvaluator(_Stock):
+    """``onnx.reference.ReferenceEvaluator`` whose batch norm is right, and fast.
+
+    A drop-in: it takes the same arguments, and runs `BatchNormalization` of this module wherever a
+    model has such a node: in the graph, in model-local functions, and in the bodies of If, Loop and
+    Scan. All other nodes are onnx's.
+
+    Parameters
+    ----------
+    proto : onnx.ModelProto, GraphProto, FunctionProto or NodeProto, str, Path or bytes
+        The model.
+    opsets, functions, verbose, new_ops
+        As in onnx. Operators of ``new_ops`` go first, one called BatchNormalization as well.
+    fuse : bool, optional
+        Whether a batch norm whose result goes into a Relu and nowhere else, or into an Add, or a
+        Sum of two, and from there into a Relu and nowhere else, runs as one call with them. That is
+        so unless a subclass says otherwise, by its attribute ``fuse``.
+    **options
+        What else onnx's evaluator takes.
+
+    Raises
+    ------
+    ValueError, onnx.reference.op_run.RuntimeTypeError
+        As for `BatchNormalization`.
+
+    Notes
+    -----
+    In float32 and float64 a fused call gives the bits of the separate ones; in float16 and bfloat16
+    it rounds once instead of two or three times. Nodes are fused only where nothing but the
+    Relu can see what is between them. A run whose caller looks there does not fuse: with
+    ``intermediate=True``, ``verbose``, shape annotations that are checked, or a name in
+    ``output_names`` that would not be there.
+
+    Examples
+    --------
+    >>> import onnx
+    >>> node = onnx.helper.make_node("BatchNormalization", ["x", "s", "b", "m", "v"], ["y"])
+    >>> ones = np.ones(3, np.float32)
+    >>> x = np.full((2, 3, 4), 3, np.float32)
+    >>> (y,) = ReferenceEvaluator(node).run(None, dict(x=x, s=ones, b=ones, m=ones, v=ones))
+    >>> float(y[0, 0, 0].round(4))
+    3.0
+    """
+
+    fuse = True
+    _operator: type[OpRun] = BatchNormalization
+
+    def __init__(
+        self,
+        proto: Any,
+        opsets: dict[str, int] | None = None,
+        functions: Any = None,
+        verbose: int = 0,
+        new_ops: list[type[OpRun]] | None = None,
+        *args: Any,
+        fuse: bool | None = None,
+        **options: Any,
+    ) -> None:
+        if fuse is not None and fuse is not self.fuse:
+            # onnx makes the evaluators of functions and bodies from the class of this one.
+            self.__class__ = _variant(type(self), fuse)
+        super().__init__(
+            str(proto) if isinstance(proto, Path) else proto,
+            opsets,
+            None if functions is None else [self._own(function) for function in functions],
+            verbose,
+            [*(new_ops or ()), self._operator],
+            *args,
+            **options,
+        )
+
+    def _own(self, function: Any) -> Any:
+        """Return an evaluator of this class for a function, also for one that onnx evaluates."""
+        if isinstance(function, FunctionProto | ReferenceEvaluator):
+            return function
+        return type(self)(
+            function.proto_,
+            functions=list(function.functions_.values()),
+            verbose=function.verbose,
+            new_ops=list(function.new_ops_.values()),
+        )
+
+    def _init(self) -> None:
+        super()._init()
+        self._separate: Self = self
+        self._hidden: frozenset[str] = frozenset()
+        if self.fuse:
+            nodes, self._hidden = onnx_fusion.fused(
+                self.rt_nodes_, BatchNormalization, self.output_names, self.input_names, self.inits_
+            )
+            if self._hidden:
+                self._separate = copy.copy(self)
+                self.rt_nodes_ = nodes
+
+    def run(
+        self,
+        output_names: list[str] | None,
+        feed_inputs: dict[str, Any],
+        attributes: dict[str, Any] | None = None,
+        intermediate: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Run the model; arguments and result are those of onnx's evaluator."""
+        looked_at = (
+            intermediate
+            or self.verbose > 0
+            or any(options.values())
+            or getattr(self, "check_shape_annotations_", False)
+            or not self._hidden.isdisjoint(output_names or ())
+        )
+        evaluator = self._separate if looked_at else self
+        return super(ReferenceEvaluator, evaluator).run(
+            output_names, feed_inputs, attributes, intermediate, **options
+        )
+
+
+@functools.cache
+def _variant(cls: type[ReferenceEvaluator], fuse: bool) -> type[ReferenceEvaluator]:
+    """Return a class that differs in ``fuse``."""
+    return type(cls.__name__, (cls,), {"fuse": fuse, "__module__": cls.__module__})
+
+
+def profile(
+    model: Any, inputs: Mapping[str, Any], *, repeat: int = 5, progress: bool = True
+) -> Profile:
+    """Time each batch-norm node of a model, in onnx's operator and in this one.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto, str, Path or bytes
+        The model, or its file.
+    inputs : mapping of str to ndarray
+        The model's inputs by name.
+    repeat : int
+        How often each node is timed in either operator, in turns; the medians count.
+    progress : bool
+        Whether to show a progress bar where the run takes more than a second, and tqdm is
+        installed.
+
+    Returns
+    -------
+    Profile
+        A row for each node, shape and dtype; printed, a table.
+
+    Raises
+    ------
+    ValueError
+        For a ``repeat`` below 1, and as for `ReferenceEvaluator`.
+
+    Examples
+    --------
+    >>> import onnx
+    >>> names = ["x", "s", "b", "m", "v"]
+    >>> graph = onnx.helper.make_graph(
+    ...     [onnx.helper.make_node("BatchNormalization", names, ["y"], name="bn1")],
+    ...     "graph",
+    ...     [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names],
+    ...     [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+    ... )
+    >>> ones = np.ones(64, np.float32)
+    >>> inputs = dict(x=np.ones((1, 64, 56, 56), np.float32), s=ones, b=ones, m=ones, v=ones)
+    >>> report = profile(onnx.helper.make_model(graph), inputs)
+    >>> report.rows[0].name, report.rows[0].shape, report.rows[0].speedup > 1
+    ('bn1', (1, 64, 56, 56), True)
+    """
+    from bnfast.interop.onnx_profile import measure
+
+    return measure(model, inputs, repeat, progress)
