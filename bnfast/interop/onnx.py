@@ -19,7 +19,7 @@ import copy
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -292,11 +292,14 @@ class ReferenceEvaluator(_Stock):
 
     def _init(self) -> None:
         super()._init()
-        self._separate: Self = self
+        self._separate: Any = self
         self._hidden: frozenset[str] = frozenset()
         if self.fuse:
             nodes, self._hidden = onnx_fusion.fused(
-                self.rt_nodes_, BatchNormalization, self.output_names, self.input_names, self.inits_
+                self.rt_nodes_,
+                BatchNormalization,
+                self.output_names,
+                {*self.input_names, *self.rt_inits_},
             )
             if self._hidden:
                 self._separate = copy.copy(self)
@@ -304,28 +307,34 @@ class ReferenceEvaluator(_Stock):
 
     def run(
         self,
-        output_names: list[str] | None,
+        output_names: Any,
         feed_inputs: dict[str, Any],
         attributes: dict[str, Any] | None = None,
         intermediate: bool = False,
-        **options: Any,
+        check_shape_annotations: bool | None = None,
+        _bindings: Any = None,
     ) -> Any:
         """Run the model; arguments and result are those of onnx's evaluator."""
+        checks: dict[str, Any] = {
+            "check_shape_annotations": check_shape_annotations,
+            "_bindings": _bindings,
+        }
+        checks = {name: value for name, value in checks.items() if value is not None}
         looked_at = (
             intermediate
             or self.verbose > 0
-            or any(options.values())
+            or bool(checks)
             or getattr(self, "check_shape_annotations_", False)
             or not self._hidden.isdisjoint(output_names or ())
         )
         evaluator = self._separate if looked_at else self
         return super(ReferenceEvaluator, evaluator).run(
-            output_names, feed_inputs, attributes, intermediate, **options
+            output_names, feed_inputs, attributes, intermediate, **checks
         )
 
 
 @functools.cache
-def _variant(cls: type[ReferenceEvaluator], fuse: bool) -> type[ReferenceEvaluator]:
+def _variant(cls: Any, fuse: bool) -> Any:
     """Return a class that differs in ``fuse``."""
     return type(cls.__name__, (cls,), {"fuse": fuse, "__module__": cls.__module__})
 

@@ -1,10 +1,10 @@
-"""Batch norms of an evaluator that run as one call with the Relu behind them, or an Add and a Relu.
+r"""Batch norms of an evaluator that run as one call with a Relu behind them, or an Add and a Relu.
 
 Before, and after::
 
     x -> BatchNormalization -> y -> Relu -> z          x -> (all in one) -> z
 
-    x -> BatchNormalization -> y \\
+    x -> BatchNormalization -> y \
                                   Add -> s -> Relu -> z    x, r -> (all in one) -> z
     r ---------------------------/
 
@@ -72,8 +72,7 @@ def fused(
     nodes: Sequence[Any],
     operator: type,
     outputs: Iterable[str],
-    inputs: Iterable[str],
-    initializers: Iterable[Any],
+    given: Iterable[str],
 ) -> tuple[list[Any], frozenset[str]]:
     """Return the nodes of an evaluator, some of them fused, and the names that are gone.
 
@@ -83,13 +82,13 @@ def fused(
         In the order in which they run.
     operator : type
         The class of the batch norms.
-    outputs, inputs : iterable of str
+    outputs : iterable of str
         Those of the graph.
-    initializers : iterable of onnx.TensorProto
-        The graph's.
+    given : iterable of str
+        What the graph has without its nodes: inputs and initializers.
     """
     made = Counter(name for node in nodes for name in node.output if name)
-    made.update({*inputs, *(tensor.name for tensor in initializers)})
+    made.update(set(given))
     if made and max(made.values()) > 1:  # a name that changes its value: the order counts
         return list(nodes), frozenset()
     used = Counter(outputs)
@@ -111,7 +110,7 @@ def fused(
 
 
 def _chain(node: Any, consumer: Mapping[str, Any], used: Mapping[str, int]) -> list[Any]:
-    """Return a batch norm and what can be fused with it, up to a Relu; nothing if that is nothing."""
+    """Return a batch norm and what can be fused with it, up to a Relu; or nothing."""
     chain = [node]
     for types in (("Relu", "Add", "Sum"), ("Relu",)):
         names = [name for name in chain[-1].output if name]

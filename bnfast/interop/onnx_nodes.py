@@ -190,7 +190,7 @@ class Node:
                 self.refuse(f"unknown attribute {name!r}: expected {', '.join(sorted(known))}")
             if names.count(name) > 1:
                 self.refuse(f"the attribute {name!r} is there {names.count(name)} times")
-            expected = int(known[name].type)
+            expected = known[name].type.value
             if attribute.type != expected:
                 kinds = AttributeProto.AttributeType
                 self.refuse(
