@@ -75,7 +75,7 @@ class Node:
     def __init__(self, proto: Any, opset: int) -> None:
         self._proto, self._opset = proto, opset
         try:
-            self.schema = defs.get_schema("BatchNormalization", opset, "")
+            self.schema: Any = defs.get_schema("BatchNormalization", opset, "")
         except defs.SchemaError as error:
             raise ValueError(f"{self}: there is no such opset") from error
         self.version: int = self.schema.since_version
@@ -124,8 +124,8 @@ class Node:
             self.refuse(f"expected Y as the only output with {why}, got {extra} as well")
         return Settings(epsilon, momentum, training, bool(attributes.get("spatial", 1)))
 
-    def check_arrays(self, arrays: tuple[Any, ...], settings: Settings) -> list[NDArray[Any]]:
-        """Return the five inputs as arrays; raise unless types and shapes fit.
+    def check_arrays(self, arrays: tuple[Any, ...], settings: Settings) -> None:
+        """Raise unless the inputs are five arrays whose dtypes and shapes fit.
 
         Raises
         ------
@@ -154,7 +154,6 @@ class Node:
                     f"{name} should have the shape {shape} for X of shape {x.shape}"
                     f"{'' if settings.spatial else ' with spatial=0'}, got {array.shape}"
                 )
-        return [np.asarray(array) for array in arrays]
 
     def vector_shape(self, x: NDArray[Any], settings: Settings) -> tuple[int, ...]:
         """Return the shape of parameters and statistics for an input."""
@@ -162,10 +161,9 @@ class Node:
             return (1,)
         return x.shape[1:2] if settings.spatial else x.shape[1:]
 
-    def statistics_dtype(self, x: NDArray[Any], follows: NDArray[Any]) -> np.dtype[Any]:
+    def statistics_dtype(self, x: np.dtype[Any], follows: np.dtype[Any]) -> np.dtype[Any]:
         """Return the dtype of a statistic that is output, and follows an input."""
-        dtype = x.dtype if self.version < _FIRST_WITH_BFLOAT16 else follows.dtype
-        return dtype.newbyteorder("=")
+        return (x if self.version < _FIRST_WITH_BFLOAT16 else follows).newbyteorder("=")
 
     def _refuse_type(self, name: str, expected: str, found: str) -> NoReturn:
         raise RuntimeTypeError(f"{self}: {name} should be {expected}, got {found}")
