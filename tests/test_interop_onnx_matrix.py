@@ -7,6 +7,7 @@ model. Which models it takes is written down, so that none is left out unnoticed
 
 from __future__ import annotations
 
+# ruff: noqa: E402  (what follows needs onnx)
 import numpy as np
 import pytest
 
