@@ -452,7 +452,7 @@ def test_what_a_backend_refuses_names_the_node(rng, monkeypatch):
 
 
 def test_a_backend_that_cannot_run_is_an_error_and_not_the_stock_operator(
-    rng, absent_backend, fresh_registry, monkeypatch
+    rng, fresh_registry, absent_backend, monkeypatch
 ):
     case = Case(15, 4, "f32", "f32", "f32", False)
     evaluator, arrays = ReferenceEvaluator(case.model()), case.arrays(rng)

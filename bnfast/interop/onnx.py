@@ -179,9 +179,8 @@ class BatchNormalization(OpRun):
                 y = functional.normalize_packed(
                     x, mean, var, weight, bias, eps, residual, relu, None, None
                 )
-        except (TypeError, ValueError) as error:
-            kind = RuntimeTypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{self._node}: {error}") from error
+        except TypeError as error:  # of a backend that does not take this dtype
+            raise RuntimeTypeError(f"{self._node}: {error}") from error
         if form != shape:
             y = y.reshape(shape)
         if not settings.training:
