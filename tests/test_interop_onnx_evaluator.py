@@ -331,6 +331,17 @@ def test_training_with_more_outputs_is_left_alone(rng):
     assert kinds(evaluator) == ["BatchNormalization", "Relu"]
 
 
+def test_an_output_without_a_name_leaves_optional_inputs_alone(rng):
+    """An evaluator keeps what is missing under the empty name: there, it has to stay missing."""
+    train = helper.make_node("BatchNormalization", ["x", *VECTORS], ["y", "", "v"], training_mode=1)
+    clip = helper.make_node("Clip", ["y", "", "high"], ["z"])
+    proto = model([train, clip], "z v", extra=[info("high")], opset=15)
+    arrays = bound_arrays(rng, np.float32) | {"high": np.array(0, np.float32)}
+    results = ReferenceEvaluator(proto).run(None, arrays, intermediate=True)
+    assert results[""] is None
+    assert same_bits(results["z"], np.minimum(results["y"], 0))
+
+
 LOOKING = {
     "intermediate": lambda run, arrays: run(None, arrays, intermediate=True)["y"],
     "asked for": lambda run, arrays: run(["y", "z"], arrays)[0],
