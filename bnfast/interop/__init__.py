@@ -7,6 +7,6 @@
 `from_onnx`        ONNX's BatchNormalization nodes, and the initializers of a graph
 `assembling`       a layer of given numbers: what the three have in common
 `onnx`             batch norm for ONNX's reference evaluator; this one imports onnx. Its parts are
-                   `onnx_nodes`, `onnx_fusion` and `onnx_profile`
+                   `onnx_nodes`, `onnx_operator`, `onnx_fusion` and `onnx_profile`
 =================  ===============================================================================
 """
