@@ -12,6 +12,7 @@ HEAVY = [
     "bnfast.interop.from_torch",
     "bnfast.interop.from_keras",
     "bnfast.interop.from_onnx",
+    "bnfast.interop.onnx",
     "bnfast.testing",
     "numba",
     "numba_cuda",
