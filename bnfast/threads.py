@@ -16,7 +16,9 @@ Fork
     Before a fork, every backend module in use that defines a function ``before_fork()`` is called:
     the place to end a pool of worker threads that a child would wait for in vain (libgomp's, for
     one). The child starts with a new lock, since the thread that held the old one may not exist
-    there.
+    there. Where nothing could be ended (bnfast was imported after the fork, or the fork was one of
+    a C program that calls no hooks before it) and OpenMP is in the process already, the thread that
+    came from the fork is an orphan: its calls are serial. Threads that are started later are not.
 Cost
     `claim` and `release` together take about 0.3 microseconds (``benchmarks/test_choice.py``).
 """
@@ -33,7 +35,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex
 
-from bnfast import registry
+from bnfast import forks, registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,6 +59,8 @@ class ThreadCount(NamedTuple):
 _process_count: ThreadCount | None = None
 _context_count: ContextVar[ThreadCount | None] = ContextVar("bnfast_num_threads", default=None)
 _region = threading.Lock()
+_ended = False  # whether a fork is under way before which worker threads were ended
+_orphan = threading.main_thread().ident if forks.forked() and forks.openmp_is_loaded() else None
 
 
 def get_num_threads() -> int:
@@ -155,7 +159,9 @@ def release(num_threads: int) -> None:
 
 
 def current() -> ThreadCount:
-    """Return the count in force, and who asked for it: this expression is the precedence."""
+    """Return the count in force, and who asked for it: the last expression is the precedence."""
+    if _orphan is not None and _orphan == threading.get_ident():
+        return ThreadCount(1, "a fork, which took OpenMP's threads away from this one")
     return _context_count.get() or _process_count or _environment() or _available()
 
 
@@ -253,19 +259,36 @@ def _checked(num_threads: SupportsIndex, source: str) -> ThreadCount:
 
 
 def _before_fork() -> None:
+    global _ended
+    if _orphan == threading.get_ident():
+        return  # to end threads that do not exist would wait for them
     for kernels in registry.loaded():
         before_fork = getattr(kernels, "before_fork", None)
         if before_fork is not None:
             before_fork()
+            _ended = True
+
+
+def _after_fork_in_parent() -> None:
+    global _ended
+    _ended = False
 
 
 def _after_fork_in_child() -> None:
-    global _region
+    global _region, _ended, _orphan
     _region = threading.Lock()
+    if _orphan != threading.get_ident():
+        lost = not _ended and forks.openmp_is_loaded()
+        _orphan = threading.get_ident() if lost else None
+    _ended = False
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 def _reset() -> None:
