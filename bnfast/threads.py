@@ -7,11 +7,14 @@ Count
     Numba setting of the process is changed.
 Concurrency
     A process-wide try-lock guards the parallel region. A call asks `claim` how many threads to
-    use, runs its kernel, and gives the answer back to `release` in a ``finally``. A caller that
-    does not get the lock runs serially, which computes the same bits. So N Python threads never
-    start N teams, nesting is safe, and a runtime that aborts on concurrent entry (Numba's
-    ``workqueue`` layer) never sees one. An interrupt that falls exactly between `claim` and the
-    ``try`` loses the lock: later calls are serial, and right.
+    use, runs its kernel, and gives the answer back in a ``finally``, by
+    ``free[num_threads > 1] = True``. A caller that does not get the lock runs serially, which
+    computes the same bits. So N Python threads never start N teams, nesting is safe, and a runtime
+    that aborts on concurrent entry (Numba's ``workqueue`` layer) never sees one.
+Interrupts
+    The lock is a key of the dict `free`: to delete it is to take the lock, to set it, to give it
+    back. Either is one step of the interpreter. Around a call of a function there are moments when
+    Python handles an interrupt, and Ctrl-C in one of these would leave the lock taken for good.
 Fork
     Before a fork, every backend module in use that defines a function ``before_fork()`` is called:
     the place to end a pool of worker threads that a child would wait for in vain (libgomp's, for
@@ -20,7 +23,7 @@ Fork
     a C program that calls no hooks before it) and OpenMP is in the process already, the thread that
     came from the fork is an orphan: its calls are serial. Threads that are started later are not.
 Cost
-    `claim` and `release` together take about 0.3 microseconds (``benchmarks/test_choice.py``).
+    To claim and to give back together take about 0.3 microseconds (``benchmarks/test_choice.py``).
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ class ThreadCount(NamedTuple):
 
 _process_count: ThreadCount | None = None
 _context_count: ContextVar[ThreadCount | None] = ContextVar("bnfast_num_threads", default=None)
-_region = threading.Lock()
+free: Final[dict[bool, bool]] = {True: True}
+"""Has the key True while no call is in the parallel region. Other keys mean nothing."""
+
 _ended = False  # whether a fork is under way before which worker threads were ended
 _orphan = threading.main_thread().ident if forks.forked() and forks.openmp_is_loaded() else None
 
@@ -139,7 +144,7 @@ def use_num_threads(num_threads: SupportsIndex) -> Iterator[None]:
 
 
 def claim(elements: int) -> int:
-    """Return the number of threads for a kernel on so many elements; hand it to `release` after.
+    """Return the number of threads for a kernel on so many elements, to be given back to `free`.
 
     1 if the problem is small, if one thread is all there is, or if another call is in the parallel
     region. Raises what `get_num_threads` raises; then nothing is held.
@@ -147,15 +152,13 @@ def claim(elements: int) -> int:
     if elements < SERIAL_BELOW:
         return 1
     count = current().number
-    if count == 1 or not _region.acquire(False):
+    if count == 1:
+        return 1
+    try:
+        del free[True]
+    except KeyError:
         return 1
     return count
-
-
-def release(num_threads: int) -> None:
-    """Leave the parallel region; ``num_threads`` is what `claim` returned."""
-    if num_threads != 1:
-        _region.release()
 
 
 def current() -> ThreadCount:
@@ -275,8 +278,8 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _region, _ended, _orphan
-    _region = threading.Lock()
+    global _ended, _orphan
+    free[True] = True
     if _orphan != threading.get_ident():
         lost = not _ended and forks.openmp_is_loaded()
         _orphan = threading.get_ident() if lost else None

@@ -2,8 +2,8 @@
 
 `bnfast.testing.guard` hands every array to a kernel inside a longer buffer. For the sanitizer the
 whole of that is one piece of memory, in which any access is fine. Here what lies outside the array
-is poisoned for the time of the call: exactly behind the array, and in front of it up to 7 bytes off,
-since poison ends on multiples of 8.
+is poisoned for the time of the call: exactly behind the array, and in front of it up to 7 bytes
+off, since poison ends on multiples of 8.
 """
 
 from __future__ import annotations
