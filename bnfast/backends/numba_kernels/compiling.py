@@ -74,11 +74,15 @@ def build(function: Callable[..., Any], dtype: str, *, parallel: bool) -> Kernel
     kernel.__qualname__ = f"{function.__name__}-{dtype}-{variant}-{_digest()}"
     options = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
     options["parallel"] = parallel
-    for _ in range(2):
+    for again in (False, True):
         try:
             return _compiled(kernel, signature, options, cache=True)
         except _DamagedError as error:
-            _log().info("replacing what Numba's disk cache has of %s: %s", function.__name__, error)
+            if again:
+                _report(error)
+            else:
+                name = function.__name__
+                _log().info("replacing what Numba's disk cache has of %s: %s", name, error)
         except Exception as error:
             _report(error)
             break
