@@ -115,9 +115,9 @@ def test_a_call_in_another_thread_is_not_disturbed(rng, interrupt_after):
 
     def wait():
         interrupt_after(0.003)
-        thread.start()
         time.sleep(5)
 
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
         wait()
     thread.join()
