@@ -225,6 +225,18 @@ def test_no_place_can_be_written(tmp_path):
     assert lines[0].startswith(f"{CANNOT}RuntimeError: cannot cache function")
 
 
+@pytest.mark.parametrize("layer", ["nonsense", "tbb"])
+def test_a_threading_layer_that_is_missing(layer):
+    code = COMPUTE.replace("(4, 8, 5, 5)", "(4, 8, 64, 64)").replace(
+        "import bnfast", "import bnfast; bnfast.set_num_threads(2)"
+    )
+    # Without the folder of the package tbb, its library is not found either.
+    lines = output_of(code, NUMBA_THREADING_LAYER=layer, LD_LIBRARY_PATH="").splitlines()
+    assert lines[-1] == "True"
+    assert len(lines) == 2
+    assert lines[0].startswith("Numba cannot start threads, one is used: ")
+
+
 RACE = """
     import os, sys, time
     import numba
