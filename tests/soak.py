@@ -5,8 +5,9 @@
 Every thread calls every backend in turns. Eval layers are shared by all threads; each thread trains
 layers of its own, forward and backward; some calls are large enough for a team of threads. Each
 result is compared, to the bit, with what the same call gave when it ran alone. The memory of the
-process is read five times a second; after the first 10 seconds it may vary by 5 % (in runs of 20
-seconds and more).
+process is read ten times a second. How much is in use at a moment depends on which calls run, so
+the medians of every ten seconds are compared: after the first, they may grow by 5 %. The C library
+is told to keep no freed memory for itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import os
 import random
 import resource
+import statistics
 import sys
 import threading
 import time
@@ -30,6 +32,7 @@ from bnfast.testing.bounds import assert_same_bits
 SHAPES = ((2, 3, 5, 5), (4, 8, 16, 16), (1, 64, 14, 14), (8, 16, 32, 32), (2, 8, 128, 96))
 DTYPES = (np.float32, np.float64, np.float16)
 WARM_UP = 10.0  # seconds
+MALLOC = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc's, read at its start
 GROWTH = 0.05
 
 Job = tuple[str, Callable[[], list[Any]], list[Any]]
@@ -80,8 +83,10 @@ def calls_on(backend: str, x: np.ndarray) -> dict[str, Callable[[], list[Any]]]:
     }
 
 
-def soak(threads: int, seconds: float, backends: list[str]) -> tuple[int, int, list[str], float]:
-    """Run the load; return the calls made, those shared by threads, the errors, and the growth."""
+def soak(
+    threads: int, seconds: float, backends: list[str]
+) -> tuple[int, int, list[str], list[float]]:
+    """Run the load; return the calls made, their kinds, the errors, and the memory over time."""
     bnfast.set_num_threads(2)
     work = jobs(backends, np.random.default_rng())
     errors: list[str] = []
@@ -108,25 +113,25 @@ def soak(threads: int, seconds: float, backends: list[str]) -> tuple[int, int, l
     for thread in started:
         thread.start()
     together.wait()
-    growth = watch(seconds, stop)
+    memory = watch(seconds, stop)
     stop.set()
     for thread in started:
         thread.join(60)
     errors += [f"{t.name} hangs" for t in started if t.is_alive()]
     idle = [n for n, count in enumerate(counts) if not count]
     errors += [f"thread {n} made no call" for n in idle]
-    return sum(counts), len(work), errors, growth
+    return sum(counts), len(work), errors, memory
 
 
-def watch(seconds: float, stop: threading.Event) -> float:
-    """Read the memory in use until the time is over; return by what share it grew at most."""
-    begin, least, most = time.monotonic(), float("inf"), 0.0
+def watch(seconds: float, stop: threading.Event) -> list[float]:
+    """Read the memory in use until the time is over; return the median of every ten seconds."""
+    begin, windows = time.monotonic(), [[resident()]]
     while not stop.is_set() and (passed := time.monotonic() - begin) < seconds:
-        if passed > min(WARM_UP, seconds / 2):
-            size = resident()
-            least, most = min(least, size), max(most, size)
-        time.sleep(0.2)
-    return most / least - 1 if most else 0.0
+        while len(windows) <= passed // WARM_UP:
+            windows.append([])
+        windows[int(passed // WARM_UP)].append(resident())
+        time.sleep(0.1)
+    return [statistics.median(window) for window in windows if window]
 
 
 def resident() -> float:
@@ -149,20 +154,25 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.layer:
         os.environ["NUMBA_THREADING_LAYER"] = arguments.layer
+    if not MALLOC.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
     sys.setswitchinterval(1e-4)
     backends = [
         name for name in ("cython", "numba", "numpy") if bnfast.list_backends()[name].available
     ]
-    calls, kinds, errors, growth = soak(arguments.threads, arguments.seconds, backends)
+    calls, kinds, errors, memory = soak(arguments.threads, arguments.seconds, backends)
     layer = "none"
     if "numba" in backends:
         import numba
 
         layer = numba.threading_layer()
+    after = memory[1:] or memory
+    growth = max(after) / after[0] - 1
     sys.stdout.write(
         f"{arguments.threads} threads, {arguments.seconds:g} s, backends {', '.join(backends)}, "
         f"Numba's layer {layer}: {calls} calls of {kinds} kinds, {len(errors)} errors, "
-        f"memory {100 * growth:.1f} % up after the first {WARM_UP:g} s\n"
+        f"memory up by {100 * growth:.1f} % after the first {WARM_UP:g} s: "
+        f"{', '.join(f'{size / 2**20:.0f}' for size in memory)} MiB\n"
     )
     sys.stdout.writelines(f"{error}\n" for error in errors[:10])
     judged = arguments.seconds >= 2 * WARM_UP

@@ -7,6 +7,7 @@ every run each test draws a fixed number of cases; ``--fuzz-seconds N`` goes on 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,7 @@ def check_forward(case):
     x, residual, out = case["x"].copy(), case["residual"], case["out"]
     residual = None if residual is None else residual.copy()
     channels = x.shape[1]
-    count = x.size // channels if channels else 0
+    count = math.prod(x.shape) // channels if channels else math.prod(x.shape[:1] + x.shape[2:])
     training = case["training"]
     weight, bias = (
         float64(case[name], 1.0 - (name == "bias"), channels) for name in ("weight", "bias")
