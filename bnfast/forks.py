@@ -8,14 +8,12 @@ more than notice.
 
 from __future__ import annotations
 
-import functools
 from typing import Final
 
 _FORKED: Final = 0x40
 """Linux's flag of a process that was forked and has not executed another program since."""
 
 
-@functools.cache
 def forked(proc: str = "/proc/self") -> bool:
     """Return whether this process is a fork of a program that may have used any library.
 

@@ -91,11 +91,13 @@ print("right")
     )
 
 
+@pytest.mark.parametrize("imported", ["", "import bnfast", "compute('cython')"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_bnfast_is_imported_in_the_child(layer):
-    """OpenMP was used in the parent by somebody else."""
+def test_somebody_else_used_numba_in_the_parent(layer, imported):
+    """And bnfast is imported there, or in the child alone."""
     check(
-        """
+        f"""
+{imported}
 import numba
 
 @numba.njit(parallel=True)
@@ -104,7 +106,7 @@ def somebody_elses(a):
         a[i] += 1.0
 
 somebody_elses(np.ones(1000))
-assert "bnfast" not in sys.modules
+assert "bnfast.backends.numba_parallel" not in sys.modules
 
 def work():
     compute("cython", "numba")
@@ -277,20 +279,15 @@ def test_multiprocessing(tmp_path, method):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what Linux tells")
 def test_what_the_system_tells_of_a_fork(tmp_path):
-    forks.forked.cache_clear()
     proc = tmp_path
     (proc / "cmdline").write_bytes(b"python\0app.py\0")
     for flags, expected in ((0x40, True), (0x400000 | 0x40, True), (0x400000, False)):
         (proc / "stat").write_bytes(b"12 (a (b) c) S 1 2 3 0 -1 %d 5 6" % flags)
-        forks.forked.cache_clear()
         assert forks.forked(str(proc)) is expected
     (proc / "stat").write_bytes(b"12 (python) S 1 2 3 0 -1 64 5 6")
     (proc / "cmdline").write_bytes(b"python\0-c\0from multiprocessing.forkserver import main")
-    forks.forked.cache_clear()
     assert forks.forked(str(proc)) is False
-    forks.forked.cache_clear()
     assert forks.forked(str(tmp_path / "absent")) is False
-    forks.forked.cache_clear()
     (proc / "maps").write_bytes(b"7f r-xp /usr/lib/libgomp.so.1.0.0\n")
     assert forks.openmp_is_loaded(str(proc))
     (proc / "maps").write_bytes(b"7f r-xp /site-packages/x.libs/libgomp-a34b3233.so.1.0.0\n")
