@@ -5,9 +5,9 @@
 Every thread calls every backend in turns. Eval layers are shared by all threads; each thread trains
 layers of its own, forward and backward; some calls are large enough for a team of threads. Each
 result is compared, to the bit, with what the same call gave when it ran alone. The memory of the
-process is read ten times a second. How much is in use at a moment depends on which calls run, so
-the medians of every ten seconds are compared: after the first, they may grow by 5 %. The time begins
-when every thread has made 20 calls. The C library is told to keep no freed memory for itself.
+process is read ten times a second, from when every thread has made 20 calls. How much is in use at a
+moment depends on which calls run, so the medians of every ten seconds are compared: after the
+first, they may grow by 5 %. The C library is told to keep no freed memory for itself.
 """
 
 from __future__ import annotations
