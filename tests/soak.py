@@ -5,8 +5,8 @@
 Every thread calls every backend in turns. Eval layers are shared by all threads; each thread trains
 layers of its own, forward and backward; some calls are large enough for a team of threads. Each
 result is compared, to the bit, with what the same call gave when it ran alone. The memory of the
-process is read ten times a second, from when every thread has made 20 calls. How much is in use at a
-moment depends on which calls run, so the medians of every ten seconds are compared: after the
+process is read ten times a second, from when every thread has made 20 calls. How much is in use at
+a moment depends on which calls run, so the medians of every ten seconds are compared: after the
 first, they may grow by 5 %. The C library is told to keep no freed memory for itself.
 """
 
