@@ -125,6 +125,16 @@ def update_running(
     _SILENT.copy().run(_update_running, statistics, count, factor, running_mean, running_var)
 
 
+def moved(statistics: Channels, count: int, factor: float, dtype: Any) -> np.ndarray[Any, Any]:
+    """Return what `update_running` would write, of ``dtype`` and shape (2, C)."""
+    return _SILENT.copy().run(_moved, statistics, count, factor, dtype)
+
+
+def _moved(statistics: Channels, count: int, factor: float, dtype: Any) -> np.ndarray[Any, Any]:
+    terms = statistics * _shares(factor, count, statistics.shape[1])
+    return (terms[:2] + terms[2:]).astype(dtype, copy=False)
+
+
 def _update_running(
     statistics: Channels,
     count: int,
@@ -132,8 +142,7 @@ def _update_running(
     running_mean: np.ndarray[Any, Any] | None,
     running_var: np.ndarray[Any, Any] | None,
 ) -> None:
-    terms = statistics * _shares(factor, count, statistics.shape[1])
-    new = terms[:2] + terms[2:]
+    new = _moved(statistics, count, factor, FLOAT64)
     if running_mean is not None:
         running_mean[...] = new[0]
     if running_var is not None:

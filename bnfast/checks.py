@@ -170,11 +170,23 @@ def is_same(a: Any, b: Any) -> bool:
     )
 
 
-def _repeats(array: NDArray[Any]) -> bool:
-    """Return whether the array is broadcast, several of its elements lying in one place."""
-    return array.size > 0 and any(
-        n > 1 and step == 0 for n, step in zip(array.shape, array.strides, strict=True)
-    )
+def _repeats(array: Any) -> bool:
+    """Return whether several elements of the array lie in one place, wholly or in part."""
+    extent = array.itemsize
+    long = [(abs(step), n) for n, step in zip(array.shape, array.strides, strict=True) if n > 1]
+    for step, n in sorted(long):
+        if step < extent:
+            # Axes that reach into each other, as only as_strided makes them: they may interleave.
+            return array.size > 0 and (step == 0 or _collides(array))
+        extent += step * (n - 1)
+    return False
+
+
+def _collides(array: NDArray[Any]) -> bool:
+    places: NDArray[np.int64] = np.zeros((), np.int64)
+    for n, step in zip(array.shape, array.strides, strict=True):
+        places = np.add.outer(places, step * np.arange(n))
+    return bool((np.diff(np.sort(places, axis=None)) < array.itemsize).any())
 
 
 def _overlap(a: Any, b: Any) -> bool:

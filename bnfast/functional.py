@@ -296,7 +296,7 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
     try:
         kernels.moments(x_form, mean=mean, m2=m2, num_threads=num_threads)
     finally:
-        threads.release(num_threads)
+        threads.free[num_threads > 1] = True
     return Moments(plan.count, mean, m2)
 
 
@@ -331,7 +331,7 @@ def normalize_packed(
             num_threads=num_threads,
         )
     finally:
-        threads.release(num_threads)
+        threads.free[num_threads > 1] = True
     return y if out is None else _deliver(out, y, kernels)
 
 
@@ -373,7 +373,7 @@ def train_packed(
             num_threads=num_threads,
         )
     finally:
-        threads.release(num_threads)
+        threads.free[num_threads > 1] = True
     return y if out is None else _deliver(out, y, kernels), plan.count
 
 
@@ -454,7 +454,7 @@ def backward_packed(
                 num_threads=num_threads,
             )
     finally:
-        threads.release(num_threads)
+        threads.free[num_threads > 1] = True
     dx = dx if out is None else _deliver(out, dx, kernels)
     return Gradients(dx, sum_dy_xhat, sum_dy, dresidual)
 

@@ -129,19 +129,25 @@ class _BatchNorm(State, Converters):
         y, n = train_packed(
             x, weight, rows[1], mean, m2, self.eps, residual, relu, out, self.backend
         )
-        if tracked:
-            self.num_batches_tracked = count
-            if n:
-                channels.update_running(rows[2:], n, factor, running_mean, running_var)
+        saved = self._saved
         if self.training:
             if out is not None and type(out) is not type(x):
                 out = admit(out, self._ndims, self.backend)  # once more, for where it lies
             if out is not None and is_same(out, x):
-                self._saved = "its input was overwritten by out=x"
+                saved = "its input was overwritten by out=x"
             else:
                 # y only where backward needs it: else its memory is the next call's, still cached.
                 kept = y if relu else None
-                self._saved = x, kept, mean, m2, n, weight, self.eps, residual is not None
+                saved = x, kept, mean, m2, n, weight, self.eps, residual is not None
+        moved = None
+        if tracked and n and running_mean is not None:
+            moved = channels.moved(rows[2:], n, factor, self._table.dtype)
+        # Without a call in between: Python handles an interrupt before all of this, or after.
+        if tracked:
+            self.num_batches_tracked = count
+        if moved is not None:
+            self._table[2:] = moved
+        self._saved = saved
         return y
 
     def _packed(self) -> tuple[Channels, ...]:
@@ -198,10 +204,13 @@ class _BatchNorm(State, Converters):
             dy, x, y, mean, invstd, weight, True, residual, None, self.backend
         )
         dtype = self._table.dtype
+        grad_weight, grad_bias = self.grad_weight, self.grad_bias
         if self._views[0] is not None:
-            self.grad_weight = _accumulated(self.grad_weight, gradients.dweight, dtype)
+            grad_weight = _accumulated(grad_weight, gradients.dweight, dtype)
         if self._views[1] is not None:
-            self.grad_bias = _accumulated(self.grad_bias, gradients.dbias, dtype)
+            grad_bias = _accumulated(grad_bias, gradients.dbias, dtype)
+        # Without a call in between, as in `__call__`.
+        self.grad_weight, self.grad_bias = grad_weight, grad_bias
         self.grad_residual = gradients.dresidual
         return gradients.dx
 

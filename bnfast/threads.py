@@ -7,18 +7,23 @@ Count
     Numba setting of the process is changed.
 Concurrency
     A process-wide try-lock guards the parallel region. A call asks `claim` how many threads to
-    use, runs its kernel, and gives the answer back to `release` in a ``finally``. A caller that
-    does not get the lock runs serially, which computes the same bits. So N Python threads never
-    start N teams, nesting is safe, and a runtime that aborts on concurrent entry (Numba's
-    ``workqueue`` layer) never sees one. An interrupt that falls exactly between `claim` and the
-    ``try`` loses the lock: later calls are serial, and right.
+    use, runs its kernel, and gives the answer back in a ``finally``, by
+    ``free[num_threads > 1] = True``. A caller that does not get the lock runs serially, which
+    computes the same bits. So N Python threads never start N teams, nesting is safe, and a runtime
+    that aborts on concurrent entry (Numba's ``workqueue`` layer) never sees one.
+Interrupts
+    The lock is a key of the dict `free`: to delete it is to take the lock, to set it, to give it
+    back. Either is one step of the interpreter. Around a call of a function there are moments when
+    Python handles an interrupt, and Ctrl-C in one of these would leave the lock taken for good.
 Fork
     Before a fork, every backend module in use that defines a function ``before_fork()`` is called:
     the place to end a pool of worker threads that a child would wait for in vain (libgomp's, for
     one). The child starts with a new lock, since the thread that held the old one may not exist
-    there.
+    there. Where nothing could be ended (bnfast was imported after the fork, or the fork was one of
+    a C program that calls no hooks before it) and OpenMP is in the process already, the thread that
+    came from the fork is an orphan: its calls are serial. Threads that are started later are not.
 Cost
-    `claim` and `release` together take about 0.3 microseconds (``benchmarks/test_choice.py``).
+    To claim and to give back together take about 0.3 microseconds (``benchmarks/test_choice.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex
 
-from bnfast import registry
+from bnfast import forks, registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +61,11 @@ class ThreadCount(NamedTuple):
 
 _process_count: ThreadCount | None = None
 _context_count: ContextVar[ThreadCount | None] = ContextVar("bnfast_num_threads", default=None)
-_region = threading.Lock()
+free: Final[dict[bool, bool]] = {True: True}
+"""Has the key True while no call is in the parallel region. Other keys mean nothing."""
+
+_ended = False  # whether a fork is under way before which worker threads were ended
+_orphan = threading.main_thread().ident if forks.forked() and forks.openmp_is_loaded() else None
 
 
 def get_num_threads() -> int:
@@ -135,7 +144,7 @@ def use_num_threads(num_threads: SupportsIndex) -> Iterator[None]:
 
 
 def claim(elements: int) -> int:
-    """Return the number of threads for a kernel on so many elements; hand it to `release` after.
+    """Return the number of threads for a kernel on so many elements, to be given back to `free`.
 
     1 if the problem is small, if one thread is all there is, or if another call is in the parallel
     region. Raises what `get_num_threads` raises; then nothing is held.
@@ -143,19 +152,19 @@ def claim(elements: int) -> int:
     if elements < SERIAL_BELOW:
         return 1
     count = current().number
-    if count == 1 or not _region.acquire(False):
+    if count == 1:
+        return 1
+    try:
+        del free[True]
+    except KeyError:
         return 1
     return count
 
 
-def release(num_threads: int) -> None:
-    """Leave the parallel region; ``num_threads`` is what `claim` returned."""
-    if num_threads != 1:
-        _region.release()
-
-
 def current() -> ThreadCount:
-    """Return the count in force, and who asked for it: this expression is the precedence."""
+    """Return the count in force, and who asked for it: the last expression is the precedence."""
+    if _orphan is not None and _orphan == threading.get_ident():
+        return ThreadCount(1, "a fork, which took OpenMP's threads away from this one")
     return _context_count.get() or _process_count or _environment() or _available()
 
 
@@ -253,19 +262,36 @@ def _checked(num_threads: SupportsIndex, source: str) -> ThreadCount:
 
 
 def _before_fork() -> None:
+    global _ended
+    if _orphan == threading.get_ident():
+        return  # to end threads that do not exist would wait for them
     for kernels in registry.loaded():
         before_fork = getattr(kernels, "before_fork", None)
         if before_fork is not None:
             before_fork()
+            _ended = True
+
+
+def _after_fork_in_parent() -> None:
+    global _ended
+    _ended = False
 
 
 def _after_fork_in_child() -> None:
-    global _region
-    _region = threading.Lock()
+    global _ended, _orphan
+    free[True] = True
+    if _orphan != threading.get_ident():
+        lost = not _ended and forks.openmp_is_loaded()
+        _orphan = threading.get_ident() if lost else None
+    _ended = False
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 def _reset() -> None:

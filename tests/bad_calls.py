@@ -152,6 +152,11 @@ COMMON = {
         ValueError,
         "out is read-only",
     ),
+    "out_interleaved": (
+        lambda s: {"out": np.lib.stride_tricks.as_strided(s.buffer[192:], SHAPE, (24, 8, 16, 4))},
+        ValueError,
+        "out has elements that share their memory",
+    ),
     "out_list": (
         lambda s: {"out": s.out.tolist()},
         TypeError,

@@ -5,6 +5,8 @@ Header
     seed of all random inputs, which ``--seed N`` sets.
 ``--require-backend NAME``
     Repeatable, or a comma list: the run fails at once if one of them cannot run here.
+``--fuzz-seconds N``, ``--fuzz-backend NAME``
+    How long, and on which backends, each test that fuzzes goes on after its fixed number of cases.
 ``--slow``
     Also runs the tests marked ``slow``.
 Closing lines
@@ -56,6 +58,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="fail if this backend cannot run here; repeatable",
     )
     group.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    group.addoption(
+        "--fuzz-seconds",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="go on fuzzing for N seconds in each test that fuzzes",
+    )
+    group.addoption(
+        "--fuzz-backend", default="", metavar="NAME[,NAME...]", help="fuzz these backends only"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

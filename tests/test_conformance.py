@@ -112,3 +112,9 @@ def test_definition_is_the_same_in_decimal_as_in_long_double(shape, rng, monkeyp
             difference = np.abs(one - reference.longdouble(other.astype(str)))
             # 2^-64 each rounding, up to 1e6 times as much where the mean is subtracted.
             assert (difference <= 1e-11 * np.maximum(np.abs(one).max(), 1)).all()
+
+
+def test_definition_of_relu_at_infinity():
+    one, infinity = np.ones(1), reference.wide(np.array([[-np.inf, np.inf, np.nan]]))
+    y = reference.affine(infinity, one, 0 * one, None, relu=True).astype(np.float64)
+    np.testing.assert_array_equal(y, [[0.0, np.inf, np.nan]])

@@ -7,10 +7,13 @@ of threads. What a kernel is to compute, it sees from which arrays are None. The
 Threads
     With one thread the serial build of a kernel runs, which never enters Numba's threading layer.
     With more, Numba's own setting, which belongs to the calling thread, is put back after the call.
+    Where Numba cannot start any (a threading layer was asked for that is not installed), the serial
+    builds run, after one line in the log.
 Fork
     On the ``omp`` layer a child that was forked from a process with worker threads is killed as
-    soon as it asks for some itself. Such a child runs the serial builds: the same bits, on one
-    thread.
+    soon as it asks for some itself, and a grandchild waits for ever. Such processes run the serial
+    builds: the same bits, on one thread. A fork waits until nothing is being compiled in another
+    thread, whose lock on the compiler the child would find taken for good.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from types import ModuleType
 from typing import Any
 
 import numba
+from numba.core import compiler_lock
 
+from bnfast import forks
 from bnfast.backends import caches
 from bnfast.backends.host_arrays import accepts, empty, view
 from bnfast.backends.numba_kernels import columns, compiling, rows, team
@@ -47,8 +52,8 @@ __all__ = [
 
 _FORMS: dict[int, ModuleType] = {3: rows, 2: columns}
 _DTYPES: dict[int | str, str] = {4: "float32", 8: "float64", "e": "float16", "E": "bfloat16"}
-_serial_only = False
 _numba: Any = numba  # which does not declare its public names to type checkers
+_compiler_lock: Any = compiler_lock.global_compiler_lock
 _caches = caches.sizes()
 _most_threads: int = _numba.config.NUMBA_NUM_THREADS
 
@@ -187,7 +192,7 @@ def _run(name: str, num_threads: int, x: Floats, arguments: tuple[Any, ...]) -> 
     kind: int | str = x.itemsize
     if kind == 2:
         kind = x.dtype.char
-    if num_threads == 1 or _serial_only or _most_threads == 1:
+    if num_threads == 1 or _serial_only or _most_threads == 1 or not _starts_threads():
         _kernel(name, x.ndim, kind, False)(*arguments, x, *_caches, 1)
         return
     threads = min(num_threads, _most_threads)
@@ -206,18 +211,43 @@ def _kernel(name: str, ndim: int, kind: int | str, parallel: bool) -> compiling.
 
 
 @functools.cache
+def _starts_threads() -> bool:
+    """Start Numba's threads, and return whether that went well."""
+    try:
+        _numba.get_num_threads()
+    except Exception as error:  # ValueError for a layer that is missing; a layer can raise anything
+        import logging
+
+        reason = " ".join(str(error).split())
+        logging.getLogger("bnfast").warning("Numba cannot start threads, one is used: %s", reason)
+        return False
+    return True
+
+
+@functools.cache
 def _exchange() -> compiling.Kernel:
-    _numba.get_num_threads()  # starts the threads
     return compiling.build(team.exchange, "float64", parallel=False)
+
+
+def _uses_openmp() -> bool:
+    try:
+        return bool(_numba.threading_layer() == "omp")
+    except ValueError:  # no worker thread has been started
+        return False
+
+
+_serial_only = forks.forked() and _uses_openmp()
 
 
 def _after_fork_in_child() -> None:
     global _serial_only
-    try:
-        _serial_only = _serial_only or _numba.threading_layer() == "omp"
-    except ValueError:  # no worker thread has been started
-        pass
+    _compiler_lock.release()
+    _serial_only = _serial_only or _uses_openmp()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=_compiler_lock.acquire,
+        after_in_parent=_compiler_lock.release,
+        after_in_child=_after_fork_in_child,
+    )

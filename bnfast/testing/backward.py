@@ -7,7 +7,12 @@ from __future__ import annotations
 import numpy as np
 
 from bnfast.testing import reference
-from bnfast.testing.bounds import assert_gradient, assert_same_bits, assert_sums
+from bnfast.testing.bounds import (
+    assert_gradient,
+    assert_moments,
+    assert_same_bits,
+    assert_sums,
+)
 from bnfast.testing.cases import (
     ALL_DTYPES,
     DTYPES,
@@ -23,6 +28,7 @@ from bnfast.testing.guard import Outputs, Run
 from bnfast.testing.reference import Wide, positive, rows, wide
 
 RELU = (False, True)
+REPEATED_SHAPES: tuple[Shape, ...] = ((24576, 2, 2), (100001, 3))
 PARTED_SHAPES: tuple[Shape, ...] = ((11, 3, 61), (671, 3), (9, 2, 8191), (70001, 3))
 
 
@@ -72,6 +78,18 @@ class BackwardTests:
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type, relu: bool
     ) -> None:
         self.check_backward(run, draw(rng, shape, dtype), relu=relu)
+
+    @over("dtype", DTYPES)
+    @over("shape", REPEATED_SHAPES)
+    def test_sums_where_every_sample_is_the_same(
+        self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type
+    ) -> None:
+        # Roundings that repeat do not cancel: a long chain of additions shows.
+        inputs = draw(rng, shape, dtype)
+        inputs.x[:], inputs.dy[:] = inputs.x[:1], inputs.dy[:1]
+        self.check_sums(run, inputs, relu=False)
+        x = wide(rows(inputs.x))
+        assert_moments(run("moments", inputs), reference.moments(x), x, inputs.x.dtype)
 
     @over("ratio", RATIOS)
     @over("dtype", DTYPES)

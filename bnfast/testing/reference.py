@@ -146,7 +146,7 @@ def affine(xhat: Wide, weight: Wide, bias: Wide, residual: Wide | None, *, relu:
     y = xhat * weight[:, None] + bias[:, None]
     if residual is not None:
         y = y + residual
-    return np.where(y < 0, y * 0, y) if relu else y
+    return np.where(y < 0, wide(0), y) if relu else y
 
 
 def mask(dy: Wide, y: NDArray[Any] | None) -> Wide:

@@ -115,6 +115,18 @@ class RobustnessTests(ForwardTests, BackwardTests):
 
     @over("dtype", ALL_DTYPES)
     @over("shape", ((3, 5, 67), (203, 5)))
+    def test_relu_of_infinities(
+        self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type
+    ) -> None:
+        inputs = draw(rng, shape, dtype)
+        below, above = rng.random(shape) < 0.1, rng.random(shape) < 0.1
+        residual = np.where(below, dtype(-np.inf), np.where(above, dtype(np.inf), inputs.residual))
+        y = run("normalize", inputs.replace(residual=residual), relu=True)["y"]
+        assert (y[below] == 0).all(), "the ReLU of -inf is 0"
+        assert np.isposinf(y[above & ~below].astype(np.float64)).all()
+
+    @over("dtype", ALL_DTYPES)
+    @over("shape", ((3, 5, 67), (203, 5)))
     def test_gradient_is_masked_where_y_is_not_positive(
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type
     ) -> None:

@@ -72,23 +72,36 @@ static void bn_merge_moments(bn_call *call, bn_index first, bn_index size)
     }
 }
 
+/* Add to a sum, and to `lost` what the rounding of that took away (Knuth's TwoSum). */
+static inline double bn_add_exactly(double sum, double term, double *lost)
+{
+    const double total = sum + term, added = total - sum;
+    *lost += (sum - (total - added)) + (term - added);
+    return total;
+}
+
+/* Few rows of few channels leave a thousand entries. One after the other, with samples that repeat
+   each other, they would be off by 200 units of the last place. */
 static void bn_merge_sums(bn_call *call, bn_index first, bn_index size)
 {
     const bn_index entries = bn_entries(call);
     bn_index row;
-    bn_sums total[BN_GROUP];
+    bn_sums total[BN_GROUP], lost[BN_GROUP];
     for (bn_index i = 0; i < size; i++)
-        total[i].dy = total[i].dy_x = 0.0;
+        total[i].dy = total[i].dy_x = lost[i].dy = lost[i].dy_x = 0.0;
     for (bn_index e = 0; e < entries; e++) {
         const double n = bn_entry(call, first, e, &row);
         for (bn_index i = 0; n && i < size; i++) {
-            total[i].dy += call->sums[row + i].dy;
-            total[i].dy_x += call->sums[row + i].dy_x;
+            const bn_sums part = call->sums[row + i];
+            total[i].dy = bn_add_exactly(total[i].dy, part.dy, &lost[i].dy);
+            total[i].dy_x = bn_add_exactly(total[i].dy_x, part.dy_x, &lost[i].dy_x);
         }
     }
     for (bn_index i = 0; i < size; i++) {
-        call->sum_dy[first + i] = total[i].dy;
-        call->sum_dy_xhat[first + i] = entries ? total[i].dy_x * call->invstd[first + i] : 0.0;
+        const double dy = total[i].dy + lost[i].dy, dy_x = total[i].dy_x + lost[i].dy_x;
+        call->sum_dy[first + i] = isfinite(dy) ? dy : total[i].dy;
+        call->sum_dy_xhat[first + i] =
+            entries ? (isfinite(dy_x) ? dy_x : total[i].dy_x) * call->invstd[first + i] : 0.0;
     }
 }
 

@@ -48,7 +48,7 @@ from bnfast.backends.numba_kernels.lanes import (
 )
 
 TILE = 8192
-"""Elements of a tile, at most."""
+"""Elements of a tile, at most; of runs shorter than the lanes, as if each filled these."""
 
 CHAIN = 1024 if PAIRED else 512
 """Elements that go through the lanes before these are emptied: 32 additions to a lane, 16 to what
@@ -77,7 +77,7 @@ def tiles_of(samples, size):
     pieces = -(-size // TILE)
     length = min(-(-size // (pieces * LANES)) * LANES, size)
     across = -(-size // length)
-    runs = max(1, min(TILE // size, samples))
+    runs = max(1, min(TILE // max(size, LANES), samples))
     return runs, length, across, -(-samples // runs) * across
 
 
@@ -114,7 +114,8 @@ def next_needed(shape, ahead, at, offset):
 def chain_of(length):
     """Return how many runs, and how many elements of each, go through the lanes at a time."""
     pieces = -(-length // CHAIN)
-    runs = max(1, min(CHAIN // length, RUNS if length >= LANES else CHAIN))
+    # A run shorter than the lanes is one addition to the odd ones.
+    runs = max(1, min(CHAIN // length, RUNS)) if length >= LANES else 512 // LANES
     return runs, -(-length // (pieces * LANES)) * LANES
 
 
