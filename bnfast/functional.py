@@ -24,6 +24,7 @@ from bnfast.checks import (
     check_running,
     is_relu,
 )
+from bnfast.deferred import Deferred
 from bnfast.device import DeviceArray
 from bnfast.layout import Plan
 from bnfast.moments import Moments
@@ -81,7 +82,8 @@ def batch_norm(
         result is rounded once, to the dtype of x; bfloat16 is that of the package ml_dtypes. It
         may live on a GPU: as an array of CuPy, torch or Numba, or as any other with
         ``__cuda_array_interface__`` or DLPack. ``residual`` and ``out`` are then on the same GPU,
-        and all vectors of one number per channel in host memory, as NumPy arrays.
+        and all vectors of one number per channel in host memory, as NumPy arrays. For a dask array
+        see `bnfast.interop.dask.batch_norm`.
     running_mean, running_var : ndarray, shape (C,), or None
         Both or neither. In training they are updated in place where given:
         ``new = (1 - momentum) * old + momentum * batch``, with the unbiased batch variance.
@@ -131,7 +133,24 @@ def batch_norm(
     <BLANKLINE>
            [[ 0.293,  0.878,  1.464]]], dtype=float32)
     """
-    x = admit(x, None, backend)
+    try:
+        x = admit(x, None, backend)
+    except Deferred as deferred:
+        y: NDArray[Any] = deferred.engine.batch_norm(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual=residual,
+            activation=activation,
+            out=out,
+            backend=backend,
+        )
+        return y
     count = x.shape[1]
     relu = is_relu(activation)
     check_eps(eps, training)
@@ -278,7 +297,7 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
     Parameters
     ----------
     x : ndarray of float32, float64, float16 or bfloat16, shape (N, C, ...)
-        The input; any strides.
+        The input; any strides. For a dask array see `bnfast.interop.dask.moments`.
     backend : str, optional
         As in `batch_norm`.
 
@@ -287,7 +306,11 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
     Moments
         In float64, ready to be merged with those of other batches.
     """
-    x = admit(x, None, backend)
+    try:
+        x = admit(x, None, backend)
+    except Deferred as deferred:
+        promised: Moments = deferred.engine.moments(x, backend=backend)
+        return promised
     kernels = registry.choose(backend, x)
     plan = layout.plan(x.shape, x.strides, x.dtype)
     x_form = kernels.view(x, plan)
