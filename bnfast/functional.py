@@ -338,7 +338,7 @@ def normalize_packed(
     """Run ``normalize`` on an admitted array with packed channel vectors."""
     kernels = registry.choose(backend, x)
     plan = layout.plan(x.shape, x.strides, x.dtype)
-    x_form, residual_form, out, y, y_form = _forward_arrays(x, residual, out, plan, kernels)
+    x_form, residual_form, out, y, y_form = forward_arrays(x, residual, out, plan, kernels)
     num_threads = threads.claim(x.size)
     try:
         kernels.normalize(
@@ -355,7 +355,7 @@ def normalize_packed(
         )
     finally:
         threads.release(num_threads)
-    return y if out is None else _deliver(out, y, kernels)
+    return y if out is None else deliver(out, y, kernels)
 
 
 def train_packed(
@@ -380,7 +380,7 @@ def train_packed(
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"
         )
-    x_form, residual_form, out, y, y_form = _forward_arrays(x, residual, out, plan, kernels)
+    x_form, residual_form, out, y, y_form = forward_arrays(x, residual, out, plan, kernels)
     num_threads = threads.claim(x.size)
     try:
         kernels.train(
@@ -397,7 +397,7 @@ def train_packed(
         )
     finally:
         threads.release(num_threads)
-    return y if out is None else _deliver(out, y, kernels), plan.count
+    return y if out is None else deliver(out, y, kernels), plan.count
 
 
 def backward_packed(
@@ -478,11 +478,11 @@ def backward_packed(
             )
     finally:
         threads.release(num_threads)
-    dx = dx if out is None else _deliver(out, dx, kernels)
+    dx = dx if out is None else deliver(out, dx, kernels)
     return Gradients(dx, sum_dy_xhat, sum_dy, dresidual)
 
 
-def _forward_arrays(
+def forward_arrays(
     x: NDArray[Any], residual: Any, out: Any, plan: Plan, kernels: Kernels
 ) -> tuple[Floats, Floats | None, Any, NDArray[Any], Floats]:
     """Check what a forward call adds and where it writes.
@@ -508,7 +508,7 @@ def _destination(out: Any, plan: Plan, kernels: Kernels, like: NDArray[Any]) -> 
     return planned
 
 
-def _deliver(out: Any, y: NDArray[Any], kernels: Kernels) -> NDArray[Any]:
+def deliver(out: Any, y: NDArray[Any], kernels: Kernels) -> NDArray[Any]:
     """Return ``out``, with the result copied to it where the kernels could not write there."""
     delivered: NDArray[Any] = out
     if type(out) is DeviceArray:

@@ -103,8 +103,8 @@ class Seen(NamedTuple):
         """Return what was seen in several runs together, in this order."""
         runs = (self, *others)
         calls = sum(run.calls for run in runs)
-        first, *rest = [run.whole for run in runs if run.whole is not None] or [None]
-        whole = None if first is None else first.merge(*(part for part in rest if part is not None))
+        parts = [run.whole for run in runs if run.whole is not None]
+        whole = parts[0].merge(*parts[1:]) if parts else None
         averages = sum(run.calls / max(calls, 1) * run.averages for run in runs)
         return Seen(calls, sum(run.elements for run in runs), whole, np.asarray(averages))
 

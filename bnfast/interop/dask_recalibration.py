@@ -79,7 +79,11 @@ def recalibrate(
 
 
 def observe(
-    model: Callable[[Any], object], layers: list[_BatchNorm], batches: Any, mode: str, progress: bool
+    model: Callable[[Any], object],
+    layers: list[_BatchNorm],
+    batches: Any,
+    mode: str,
+    progress: bool,
 ) -> list[Seen]:
     """Run copies of a model over a collection; return what each layer saw."""
     if isinstance(batches, da.Array):
