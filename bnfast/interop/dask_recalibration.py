@@ -17,8 +17,8 @@ from typing import Any
 import cloudpickle
 import dask.array as da
 import dask.bag as db
+import numpy as np
 from dask import delayed
-from dask.diagnostics import ProgressBar
 
 from bnfast import recalibration, threads
 from bnfast.checks import admit, check_channels
@@ -50,7 +50,7 @@ def recalibrate(
         Of an array each chunk along axis 0 is a batch (the other axes are not divided), of a bag
         each item, and each `Delayed` is one.
     progress : bool
-        Whether to show dask's progress bar, on schedulers of this machine.
+        Whether to show a progress bar, where tqdm is installed; not on a distributed scheduler.
 
     Raises
     ------
@@ -86,26 +86,58 @@ def observe(
     progress: bool,
 ) -> list[Seen]:
     """Run copies of a model over a collection; return what each layer saw."""
+    copies = delayed(cloudpickle.dumps((model, layers)))
     if isinstance(batches, da.Array):
-        whole_axes = dict.fromkeys(range(1, batches.ndim), -1)
-        blocks = list(batches.rechunk(whole_axes).to_delayed().ravel())
-        batches_of: Callable[[Any], Any] = _as_item
+        seen = _over_chunks(copies, batches, mode)
     elif isinstance(batches, db.Bag):
-        blocks, batches_of = batches.to_delayed(), list
+        run = delayed(_observe, pure=True)
+        alone = batches.npartitions == 1
+        seen = [run(part, copies, mode, alone) for part in batches.to_delayed()]
     else:
         raise TypeError(
             f"batches should be a dask.array.Array or a dask.bag.Bag, got "
             f"{type(batches).__module__}.{type(batches).__qualname__}"
         )
-    copies = delayed(cloudpickle.dumps((model, layers)))
-    run = delayed(_observe, pure=True)
-    seen = [run(copies, batches_of, block, mode, len(blocks) == 1) for block in blocks]
     while len(seen) > 1:
         groups = (seen[start : start + _FAN_IN] for start in range(0, len(seen), _FAN_IN))
         seen = [delayed(_merged, pure=True)(group) for group in groups]
-    with ProgressBar() if progress else contextlib.nullcontext():
+    with _bar(progress):
         result: list[Seen] = seen[0].compute()
     return result
+
+
+def _over_chunks(copies: Any, x: Any, mode: str) -> list[Any]:
+    """Return what the layers see in each chunk along axis 0 of an array, lazily.
+
+    Laid over the chunks as an array's function is, so that dask joins it with what makes a chunk:
+    one task reads a chunk, looks at it and forgets it.
+    """
+    x = x.rechunk(dict.fromkeys(range(1, x.ndim), -1))
+    axes = tuple(range(x.ndim))
+    seen = da.blockwise(
+        _observe_chunk,
+        axes,
+        x,
+        axes,
+        copies=copies,
+        mode=mode,
+        alone=x.npartitions == 1,
+        dtype=object,
+        meta=np.empty((0,) * x.ndim, object),
+    )
+    return list(seen.to_delayed().ravel())
+
+
+def _bar(progress: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return the context of a progress bar, if it is wanted and tqdm is installed."""
+    if progress:
+        try:
+            from tqdm.dask import TqdmCallback
+        except ImportError:
+            return contextlib.nullcontext()
+        bar: contextlib.AbstractContextManager[Any] = TqdmCallback(desc="recalibrate", unit="task")
+        return bar
+    return contextlib.nullcontext()
 
 
 def threads_of_a_chunk(alone: bool) -> contextlib.AbstractContextManager[None]:
@@ -124,15 +156,17 @@ def _as_item(batch: Any) -> list[Any]:
     return [batch]
 
 
-def _observe(
-    copies: bytes, batches_of: Callable[[Any], Any], block: Any, mode: str, alone: bool
-) -> list[Seen]:
-    """Run a copy of the model over the batches in a block."""
+def _observe_chunk(x: Any, *, copies: bytes, mode: str, alone: bool) -> list[Seen]:
+    return _observe([x], copies, mode, alone)
+
+
+def _observe(batches: Iterable[Any], copies: bytes, mode: str, alone: bool) -> list[Seen]:
+    """Run a copy of the model over some batches."""
     model, layers = cloudpickle.loads(copies)
     if mode == "population" and len(layers) == 1 and model is layers[0]:
         model = _watching(model)
     with threads_of_a_chunk(alone):
-        return recalibration.observe(model, layers, batches_of(block), mode)
+        return recalibration.observe(model, layers, batches, mode)
 
 
 def _watching(layer: _BatchNorm) -> Callable[[Any], None]:
