@@ -13,10 +13,10 @@ from bnfast.testing.cases import draw
 
 
 def chunks_of(rng, shape):
-    """Cut every axis in up to four pieces, anywhere."""
+    """Cut every axis in up to three pieces, anywhere."""
     pieces = []
     for length in shape:
-        cuts = rng.choice(np.arange(1, length), rng.integers(0, min(length, 4)), replace=False)
+        cuts = rng.choice(np.arange(1, length), rng.integers(0, min(length, 3)), replace=False)
         pieces.append(tuple(int(n) for n in np.diff([0, *sorted(cuts), length])))
     return tuple(pieces)
 

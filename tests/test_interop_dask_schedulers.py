@@ -1,4 +1,4 @@
-"""dask arrays give the results of the call in memory, on every scheduler and after a lost worker."""
+"""dask arrays give the results of the call in memory: on every scheduler, after a lost worker."""
 
 from __future__ import annotations
 

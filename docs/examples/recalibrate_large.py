@@ -52,13 +52,19 @@ class Rows:
         self.path, self.offset = path, whole.offset
         self.shape, self.dtype, self.ndim = whole.shape, whole.dtype, whole.ndim
 
-    def __getitem__(self, index: tuple[slice, ...]) -> NDArray[Any]:
+    def mapped(self, index: tuple[slice, ...], mode: str) -> NDArray[Any]:
         rows, *rest = index
         start, stop, _ = rows.indices(self.shape[0])
         shape = (stop - start, *self.shape[1:])
         at = self.offset + start * math.prod(shape[1:]) * self.dtype.itemsize
-        chunk = np.memmap(self.path, self.dtype, "r", at, shape)
+        chunk = np.memmap(self.path, self.dtype, mode, at, shape)
         return chunk.view(np.ndarray)[(slice(None), *rest)]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> NDArray[Any]:
+        return self.mapped(index, "r")
+
+    def __setitem__(self, index: tuple[slice, ...], values: NDArray[Any]) -> None:
+        self.mapped(index, "r+")[...] = values
 
     def __dask_tokenize__(self) -> tuple[str, int, int]:
         state = os.stat(self.path)
@@ -98,9 +104,8 @@ def normalise(bn: Any, x: Any, output: Path | None) -> None:
         if output is None:
             check(y)
         else:
-            kept = np.lib.format.open_memmap(output, "w+", x.dtype, x.shape)
-            da.store(y, kept)
-            kept.flush()
+            np.lib.format.open_memmap(output, "w+", x.dtype, x.shape).flush()  # a file of zeros
+            da.store(y, Rows(output), lock=False)
 
 
 def check(y: Any) -> None:
