@@ -248,8 +248,8 @@ def test_a_bar_is_shown(chunked, capsys):
 
 
 def test_the_large_example(tmp_path):
-    """A quarter of its data, under a limit that they would not fit in."""
-    options = [str(EXAMPLE), "--gigabytes", "0.5", "--limit", "400"]
+    """An eighth of its data, under a limit that they would not fit in."""
+    options = [str(EXAMPLE), "--gigabytes", "0.25", "--limit", "220", "--chunk", "64"]
     options += ["--data", str(tmp_path / "x.npy"), "--output", str(tmp_path / "y.npy")]
     finished = subprocess.run(
         [sys.executable, *options],

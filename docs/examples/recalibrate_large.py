@@ -36,8 +36,7 @@ import bnfast
 import bnfast.interop.dask as bnd
 
 CHANNELS, SIDE = 64, 28
-CHUNK = 256
-"""Samples in a chunk: 51 MB. Each of dask's threads holds one, and one of the result."""
+SAMPLE = 4 * CHANNELS * SIDE**2  # bytes
 
 
 class Rows:
@@ -74,20 +73,20 @@ class Rows:
 def make(path: Path, gigabytes: float, seed: int = 0) -> None:
     """Write activations to a file: each channel with a mean and a deviation of its own."""
     rng = np.random.default_rng(seed)
-    samples = max(2 * CHUNK, round(gigabytes * 1e9 / (4 * CHANNELS * SIDE**2)))
+    samples = round(gigabytes * 1e9 / SAMPLE)
     mean, std = rng.normal(0, 5, (CHANNELS, 1, 1)), rng.uniform(0.1, 3, (CHANNELS, 1, 1))
     unfinished = path.with_suffix(".part")
     with unfinished.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (samples, CHANNELS, SIDE, SIDE)}
         np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, samples, CHUNK):
-            rows = min(CHUNK, samples - start)
+        for start in range(0, samples, 256):
+            rows = min(256, samples - start)
             noise = rng.standard_normal((rows, CHANNELS, SIDE, SIDE), np.float32)
             (mean + std * noise).astype(np.float32).tofile(file)
     unfinished.rename(path)
 
 
-def seconds_to_read(path: Path, nbytes: int = CHUNK * CHANNELS * SIDE**2 * 4) -> float:
+def seconds_to_read(path: Path, nbytes: int) -> float:
     """Return how long it takes to read a file once, a chunk at a time into the same memory."""
     buffer = np.empty(nbytes, np.uint8)
     with path.open("rb", buffering=0) as file:
@@ -119,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Recalibrate on data larger than the memory.")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the data")
     parser.add_argument("--limit", type=int, default=512, help="memory to use, in MB")
+    parser.add_argument("--chunk", type=int, default=256, help="samples in a chunk, of 0.2 MB each")
     parser.add_argument("--data", type=Path, help="where the data are, or are made")
     parser.add_argument("--output", type=Path, help="where to write the normalised data")
     options = parser.parse_args(arguments)
@@ -130,17 +130,19 @@ def main(arguments: list[str] | None = None) -> int:
     # the peak that is printed.
     resource.setrlimit(resource.RLIMIT_DATA, (options.limit * 10**6,) * 2)
 
-    x = da.from_array(Rows(path), chunks=(CHUNK, -1, -1, -1), fancy=False)
+    x = da.from_array(Rows(path), chunks=(options.chunk, -1, -1, -1), fancy=False)
     print(f"{path}: {x.nbytes / 1e9:.2f} GB, {x.numblocks[0]} chunks of {x.chunks[0][0]} samples")
     bn = bnfast.BatchNorm2d(CHANNELS)
     passes = {
         "recalibrate": functools.partial(bnfast.recalibrate, bn, [bn], x),
         "normalise": functools.partial(normalise, bn.eval(), x, options.output),
     }
-    seconds_to_read(path)  # once for nothing: whether the file is cached is no matter of ours
+    seconds_to_read(
+        path, options.chunk * SAMPLE
+    )  # once for nothing: whether the file is cached is no matter of ours
     reading = working = 0.0
     for name, run in passes.items():
-        read = seconds_to_read(path)
+        read = seconds_to_read(path, options.chunk * SAMPLE)
         start = time.perf_counter()
         run()
         took = time.perf_counter() - start
