@@ -79,8 +79,8 @@ def make(path: Path, gigabytes: float, seed: int = 0) -> None:
     with unfinished.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (samples, CHANNELS, SIDE, SIDE)}
         np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, samples, 256):
-            rows = min(256, samples - start)
+        for start in range(0, samples, 32):
+            rows = min(32, samples - start)
             noise = rng.standard_normal((rows, CHANNELS, SIDE, SIDE), np.float32)
             (mean + std * noise).astype(np.float32).tofile(file)
     unfinished.rename(path)
