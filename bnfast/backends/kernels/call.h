@@ -51,7 +51,7 @@ typedef struct {
     bn_index outer, channels, inner;  /* N, C, S; or M, C, 1 */
     bn_cut tiles;                     /* channels-first: a channel, for sums */
     bn_cut units;                     /* channels-first: all runs, for elementwise passes */
-    bn_index slab, slabs;             /* channels-first: channels of a slab, and how many */
+    bn_index slab, slabs;             /* channels-first: channels of a slab at most, and how many */
     bn_index fold, width;             /* channels-last: rows in a wide row, its elements */
     bn_index rows, rest;              /* wide rows, and elements of the partial one */
     bn_index parts, part_rows;        /* parts of a sum, and wide rows of each */
@@ -109,7 +109,7 @@ static inline bn_index bn_ahead(const bn_call *call, bn_index ahead, bn_index le
 {
     if (call->inner >= BN_TILE || call->outer == 1)
         return ahead;
-    const bn_index at_once = call->rows ? BN_ROWS : call->inner < BN_SHORT ? BN_RUNS : 1;
+    const bn_index at_once = call->rows ? BN_ROWS : bn_runs(call->inner);
     return bn_max(at_once, ahead / length) * stride;
 }
 
@@ -141,8 +141,14 @@ static inline void bn_cut_slabs(bn_call *call, bn_index arrays, bn_index num_thr
     const bn_index room = bn_core_cache / (one_piece ? 32 : call->large ? 4 : 2);
     const bn_index fitting = bn_max(1, room / channel);
     const bn_index rounds = bn_ceil(bn_ceil(call->channels, fitting), num_threads);
-    call->slab = bn_max(1, bn_ceil(call->channels, rounds * num_threads));
-    call->slabs = bn_ceil(call->channels, call->slab);
+    call->slabs = bn_min(call->channels, rounds * num_threads);
+    call->slab = bn_ceil(call->channels, call->slabs);
+}
+
+/* The first channel of a slab: sizes differ by one at most, so that no thread has a slab less. */
+static inline bn_index bn_slab_first(const bn_call *call, bn_index slab)
+{
+    return slab * call->channels / call->slabs;
 }
 
 /* Cut a call on arrays of a form: (outer, channels, inner), or with `last` (outer, channels).

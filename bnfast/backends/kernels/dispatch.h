@@ -44,11 +44,11 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
    fewer than 128 in the last piece of a run. */
 #define BN_CHAIN 1024
 
-/* Channels whose sums are taken side by side, and runs of fewer than BN_SHORT elements that are
-   taken at once. */
+/* Channels whose sums are taken side by side. */
 #define BN_GROUP 64
-#define BN_RUNS 4
-#define BN_SHORT 256
+
+/* Runs of so many elements that are summed at once. */
+static inline bn_index bn_runs(bn_index length) { return length < 64 ? 8 : length < 256 ? 4 : 1; }
 
 #define BN_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 #define BN_NOINLINE __attribute__((noinline))

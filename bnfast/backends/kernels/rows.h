@@ -46,8 +46,8 @@ BN_NOINLINE static void FN(add)(const STORE *x, bn_index n, double *sum)
 #define BN_ONE(i, k) total.part[k] += FN(load)(x + (i) + (k) * FN(WIDTH))
     BN_STEP_THROUGH(n, BN_ONE);
 #undef BN_ONE
-    if (rest)
-        BN_EACH(k, 1)
+    BN_EACH(k, 1)
+        if (FN(has_fresh)(rest, k))
             total.part[FN(REST) + k] +=
                 FN(fresh)(FN(load)(x + n - BN_LANES + k * FN(WIDTH)), rest, k);
     FN(add_lanes)(sum, total);
@@ -73,8 +73,8 @@ BN_NOINLINE static void FN(add_squares)(const STORE *x, bn_index runs, bn_index 
     } while (0)
         BN_STEP_THROUGH(n, BN_ONE);
 #undef BN_ONE
-        if (rest)
-            BN_EACH(k, 1) {
+        BN_EACH(k, 1)
+            if (FN(has_fresh)(rest, k)) {
                 const FN(wide) d =
                     FN(fresh)(FN(load)(x + n - BN_LANES + k * FN(WIDTH)) - first, rest, k);
                 off.part[FN(REST) + k] += d;
@@ -106,8 +106,8 @@ BN_INLINE void FN(add_products)(const STORE *dy, const STORE *x, const STORE *y,
     } while (0)
         BN_STEP_THROUGH(n, BN_ONE);
 #undef BN_ONE
-        if (rest)
-            BN_EACH(k, 1) {
+        BN_EACH(k, 1)
+            if (FN(has_fresh)(rest, k)) {
                 const bn_index at = from + n - BN_LANES + k * FN(WIDTH);
                 const FN(wide) g =
                     FN(fresh)(y ? FN(load_masked)(dy + at, y + at) : FN(load)(dy + at), rest, k);
@@ -181,7 +181,7 @@ static inline void FN(open_channels)(FN(channel) *channel, bn_index channels)
    stays a small share of the work. */
 static inline bn_index FN(runs_at_once)(bn_tile tile)
 {
-    return tile.length < BN_LANES ? BN_CHAIN / tile.length : tile.length < BN_SHORT ? BN_RUNS : 1;
+    return tile.length < BN_LANES ? BN_CHAIN / tile.length : bn_runs(tile.length);
 }
 
 /* Moments of a tile of up to BN_GROUP channels. */

@@ -207,24 +207,20 @@ static void bn_tile_sums(bn_call *call, bn_index first, bn_index size, bn_index 
                             call->mean + first, call->sums + t * call->channels + first);
 }
 
-/* The end of the slab that begins with channel `first`. */
-static inline bn_index bn_slab_end(const bn_call *call, bn_index first)
-{
-    return bn_min(first + call->slab, call->channels);
-}
-
 /* One tile of one slab. */
 static void bn_row_moments(bn_call *call, bn_index part)
 {
-    const bn_index first = part / call->tiles.count * call->slab, t = part % call->tiles.count;
-    for (bn_index c = first, end = bn_slab_end(call, first); c < end; c += BN_GROUP)
+    const bn_index slab = part / call->tiles.count, t = part % call->tiles.count;
+    const bn_index end = bn_slab_first(call, slab + 1);
+    for (bn_index c = bn_slab_first(call, slab); c < end; c += BN_GROUP)
         bn_tile_moments(call, c, bn_min(BN_GROUP, end - c), t);
 }
 
 static void bn_row_sums(bn_call *call, bn_index part)
 {
-    const bn_index first = part / call->tiles.count * call->slab, t = part % call->tiles.count;
-    for (bn_index c = first, end = bn_slab_end(call, first); c < end; c += BN_GROUP)
+    const bn_index slab = part / call->tiles.count, t = part % call->tiles.count;
+    const bn_index end = bn_slab_first(call, slab + 1);
+    for (bn_index c = bn_slab_first(call, slab); c < end; c += BN_GROUP)
         bn_tile_sums(call, c, bn_min(BN_GROUP, end - c), t);
 }
 
@@ -267,7 +263,7 @@ static inline bn_index bn_next_slab(const bn_call *call)
 /* A whole slab by one thread, while it is in its cache. */
 static void bn_slab_train(bn_call *call, bn_index slab)
 {
-    const bn_index first = slab * call->slab, end = bn_slab_end(call, first);
+    const bn_index first = bn_slab_first(call, slab), end = bn_slab_first(call, slab + 1);
     const bn_index itemsize = call->kernels->itemsize;
     int fits = 1;
     for (bn_index c = first, size; c < end; c += size) {
@@ -291,7 +287,7 @@ static void bn_slab_train(bn_call *call, bn_index slab)
 
 static void bn_slab_backward(bn_call *call, bn_index slab)
 {
-    const bn_index first = slab * call->slab, end = bn_slab_end(call, first);
+    const bn_index first = bn_slab_first(call, slab), end = bn_slab_first(call, slab + 1);
     const bn_index itemsize = call->kernels->itemsize;
     int fits = 1;
     for (bn_index c = first, size; c < end; c += size) {

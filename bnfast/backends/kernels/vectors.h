@@ -228,6 +228,12 @@ static inline FN(wide) FN(load_masked)(const STORE *dy, const STORE *y)
     return FN(widened)((FN(narrow))((__typeof__(passes))g & passes));
 }
 
+/* Whether vector k of a step holds any of its last `rest` lanes. */
+static inline int FN(has_fresh)(bn_index rest, int k)
+{
+    return rest > BN_LANES - (k + 1) * FN(WIDTH);
+}
+
 /* Part k of the last step of a run, which may overlap the one before: only its last `rest` lanes
    count. */
 static inline FN(wide) FN(fresh)(FN(wide) value, bn_index rest, int k)
