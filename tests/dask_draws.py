@@ -53,7 +53,7 @@ class Draw:
         )
 
     def check(self, moments, y):
-        """Hold y against the call in memory and the bounds; return the moments' difference, in ulps."""
+        """Check y; return the difference of the moments from those in memory, in ulps."""
         whole = F.moments(self.inputs.x)
         assert moments.count == whole.count
         pairs = [(moments.mean, whole.mean), (moments.m2, whole.m2)]

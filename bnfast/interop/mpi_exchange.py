@@ -43,7 +43,8 @@ class Place(NamedTuple):
     def mark(self, refused: bool) -> int:
         """Return the place as a number from 0 to 4095."""
         direction = self.layer % _LAYERS * 2 + int(self.backward)
-        return (direction * 4 + _DTYPES.index(self.dtype)) * 2 + int(refused)
+        dtype: int = _DTYPES.index(self.dtype)
+        return (direction * 4 + dtype) * 2 + int(refused)
 
 
 def agree(comm: Any, description: dict[str, object]) -> int:
