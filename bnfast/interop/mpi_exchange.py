@@ -29,7 +29,7 @@ _MARKS: Final[int] = 4096
 _RAISED: Final = ("ValueError", "TypeError", "MemoryError", "RuntimeError")
 """The kinds of error that are raised on all ranks as what they were on one."""
 
-_next_number = 0
+_next_number: int = 0
 
 
 class Place(NamedTuple):
@@ -64,7 +64,7 @@ def agree(comm: Any, description: dict[str, object]) -> int:
             raise ValueError(
                 f"the ranks have different layers, they disagree on {name}: {_by_rank(values)}"
             )
-    return _next_number - 1
+    return int(_next_number) - 1  # `max` of what MPI delivered is anything, to mypy
 
 
 def exchange(
