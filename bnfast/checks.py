@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import channels, registry
+from bnfast.deferred import refuse_deferred
 from bnfast.device import DeviceArray, where
 from bnfast.layout import Plan
 from bnfast.spec import STORAGE_DTYPES, DeviceKernels, Kernels
@@ -26,12 +27,13 @@ def admit(x: Any, ndim: tuple[int, ...] | None, backend: str | None = None) -> N
     Raises
     ------
     TypeError
-        For other dtypes, naming the cast to use, for masked arrays, whose mask would be lost, and
-        for what `registry.choose` refuses.
+        For other dtypes, naming the cast to use, for masked arrays, whose mask would be lost, for
+        dask arrays (a `Deferred`), and for what `registry.choose` refuses.
     ValueError
         For other numbers of dimensions.
     """
     if type(x) is not np.ndarray:
+        refuse_deferred(x, "x")
         x = registry.describe(backend, x) or channels.as_array(x, "x")
     if x.dtype.char not in "fd":
         _check_storage(x, backend)
@@ -149,6 +151,7 @@ def check_apart(out: Any, arrays: Mapping[str, Any]) -> None:
 
 def _beside(array: Any, x: Any, name: str, kernels: Kernels) -> Any:
     """Return what stands for ``array`` in a call on ``x``; raise unless both are in one place."""
+    refuse_deferred(array, name)
     if not isinstance(array, np.ndarray) and kernels.accepts(array):
         array = cast("DeviceKernels", kernels).describe(array)
     if where(array) != where(x):

@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bnfast import channels, registry
 from bnfast.checks import admit, check_channels, check_eps, is_relu
+from bnfast.deferred import Deferred
 from bnfast.functional import normalize_packed
 from bnfast.spec import Channels
 from bnfast.state import NEUTRAL, VECTORS, check_variance
@@ -152,13 +153,34 @@ class FrozenBatchNorm:
         ValueError, TypeError
             For what `bnfast.functional.batch_norm` refuses.
         """
-        x = admit(x, self.ndims, self.backend)
+        try:
+            x = admit(x, self.ndims, self.backend)
+        except Deferred as deferred:
+            return self._deferred(deferred, residual, out)
         check_channels(x, self.num_features)
         weight, bias, mean, var = self._packed
         relu = self.activation is not None
         return normalize_packed(
             x, mean, var, weight, bias, self.eps, residual, relu, out, self.backend
         )
+
+    def _deferred(self, deferred: Deferred, residual: Any, out: Any) -> NDArray[Any]:
+        """Return the result of a call on a dask array."""
+        x, engine = deferred.collection, deferred.engine
+        check_channels(engine.admit(x, self.ndims, self.backend), self.num_features)
+        y: NDArray[Any] = engine.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            residual=residual,
+            activation=self.activation,
+            out=out,
+            backend=self.backend,
+        )
+        return y
 
     def eval(self) -> FrozenBatchNorm:
         """Return the layer: it is in eval mode, always."""
@@ -169,6 +191,12 @@ class FrozenBatchNorm:
 
     def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError("a FrozenBatchNorm cannot be changed")
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        """Return what the results depend on, for dask's names of tasks."""
+        kept = (self.eps, self.ndims, self.activation, self.backend)
+        vectors = (self.weight, self.bias, self.running_mean, self.running_var)
+        return (type(self).__qualname__, *kept, *vectors)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what makes the same layer again, for pickle and copy."""

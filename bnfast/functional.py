@@ -24,6 +24,7 @@ from bnfast.checks import (
     check_running,
     is_relu,
 )
+from bnfast.deferred import Deferred
 from bnfast.device import DeviceArray
 from bnfast.layout import Plan
 from bnfast.moments import Moments
@@ -81,7 +82,8 @@ def batch_norm(
         result is rounded once, to the dtype of x; bfloat16 is that of the package ml_dtypes. It
         may live on a GPU: as an array of CuPy, torch or Numba, or as any other with
         ``__cuda_array_interface__`` or DLPack. ``residual`` and ``out`` are then on the same GPU,
-        and all vectors of one number per channel in host memory, as NumPy arrays.
+        and all vectors of one number per channel in host memory, as NumPy arrays. For a dask array
+        see `bnfast.interop.dask.batch_norm`.
     running_mean, running_var : ndarray, shape (C,), or None
         Both or neither. In training they are updated in place where given:
         ``new = (1 - momentum) * old + momentum * batch``, with the unbiased batch variance.
@@ -131,7 +133,24 @@ def batch_norm(
     <BLANKLINE>
            [[ 0.293,  0.878,  1.464]]], dtype=float32)
     """
-    x = admit(x, None, backend)
+    try:
+        x = admit(x, None, backend)
+    except Deferred as deferred:
+        y: NDArray[Any] = deferred.engine.batch_norm(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual=residual,
+            activation=activation,
+            out=out,
+            backend=backend,
+        )
+        return y
     count = x.shape[1]
     relu = is_relu(activation)
     check_eps(eps, training)
@@ -278,7 +297,7 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
     Parameters
     ----------
     x : ndarray of float32, float64, float16 or bfloat16, shape (N, C, ...)
-        The input; any strides.
+        The input; any strides. For a dask array see `bnfast.interop.dask.moments`.
     backend : str, optional
         As in `batch_norm`.
 
@@ -287,7 +306,11 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
     Moments
         In float64, ready to be merged with those of other batches.
     """
-    x = admit(x, None, backend)
+    try:
+        x = admit(x, None, backend)
+    except Deferred as deferred:
+        promised: Moments = deferred.engine.moments(x, backend=backend)
+        return promised
     kernels = registry.choose(backend, x)
     plan = layout.plan(x.shape, x.strides, x.dtype)
     x_form = kernels.view(x, plan)
@@ -315,7 +338,7 @@ def normalize_packed(
     """Run ``normalize`` on an admitted array with packed channel vectors."""
     kernels = registry.choose(backend, x)
     plan = layout.plan(x.shape, x.strides, x.dtype)
-    x_form, residual_form, out, y, y_form = _forward_arrays(x, residual, out, plan, kernels)
+    x_form, residual_form, out, y, y_form = forward_arrays(x, residual, out, plan, kernels)
     num_threads = threads.claim(x.size)
     try:
         kernels.normalize(
@@ -332,7 +355,7 @@ def normalize_packed(
         )
     finally:
         threads.free[num_threads > 1] = True
-    return y if out is None else _deliver(out, y, kernels)
+    return y if out is None else deliver(out, y, kernels)
 
 
 def train_packed(
@@ -357,7 +380,7 @@ def train_packed(
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"
         )
-    x_form, residual_form, out, y, y_form = _forward_arrays(x, residual, out, plan, kernels)
+    x_form, residual_form, out, y, y_form = forward_arrays(x, residual, out, plan, kernels)
     num_threads = threads.claim(x.size)
     try:
         kernels.train(
@@ -374,7 +397,7 @@ def train_packed(
         )
     finally:
         threads.free[num_threads > 1] = True
-    return y if out is None else _deliver(out, y, kernels), plan.count
+    return y if out is None else deliver(out, y, kernels), plan.count
 
 
 def backward_packed(
@@ -455,11 +478,11 @@ def backward_packed(
             )
     finally:
         threads.free[num_threads > 1] = True
-    dx = dx if out is None else _deliver(out, dx, kernels)
+    dx = dx if out is None else deliver(out, dx, kernels)
     return Gradients(dx, sum_dy_xhat, sum_dy, dresidual)
 
 
-def _forward_arrays(
+def forward_arrays(
     x: NDArray[Any], residual: Any, out: Any, plan: Plan, kernels: Kernels
 ) -> tuple[Floats, Floats | None, Any, NDArray[Any], Floats]:
     """Check what a forward call adds and where it writes.
@@ -485,7 +508,7 @@ def _destination(out: Any, plan: Plan, kernels: Kernels, like: NDArray[Any]) -> 
     return planned
 
 
-def _deliver(out: Any, y: NDArray[Any], kernels: Kernels) -> NDArray[Any]:
+def deliver(out: Any, y: NDArray[Any], kernels: Kernels) -> NDArray[Any]:
     """Return ``out``, with the result copied to it where the kernels could not write there."""
     delivered: NDArray[Any] = out
     if type(out) is DeviceArray:

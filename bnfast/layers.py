@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 from bnfast import channels, registry
 from bnfast.channels import FLOAT64
 from bnfast.checks import admit, check_both_running, check_channels, check_eps, is_relu, is_same
+from bnfast.deferred import Deferred
 from bnfast.device import DeviceArray
 from bnfast.frozen import FrozenBatchNorm
 from bnfast.functional import backward_packed, normalize_packed, train_packed
@@ -39,6 +40,9 @@ class _BatchNorm(State, Converters):
     training: bool
     _watch: Callable[[NDArray[Any]], None] | None = None
     """What is shown every input, while `bnfast.recalibrate` runs."""
+    _train = staticmethod(train_packed)
+    _differentiate = staticmethod(backward_packed)
+    """What runs the kernels in training: a subclass may pool statistics with other processes."""
 
     def __init__(
         self,
@@ -89,7 +93,8 @@ class _BatchNorm(State, Converters):
         Parameters
         ----------
         x : ndarray of float32, float64, float16 or bfloat16, shape (N, C, ...)
-            Any strides; also on a GPU, as `bnfast.functional.batch_norm` says.
+            Any strides; also on a GPU, as `bnfast.functional.batch_norm` says. Or a dask array: see
+            `bnfast.interop.dask.batch_norm`.
         residual : ndarray like ``x``, optional
             Added to the normalised result, before the activation.
         out : ndarray like ``x``, optional
@@ -105,7 +110,10 @@ class _BatchNorm(State, Converters):
         ValueError, TypeError, MemoryError, RuntimeError
             For what `bnfast.functional.batch_norm` refuses. A refused call changes nothing.
         """
-        x = admit(x, self._ndims, self.backend)
+        try:
+            x = admit(x, self._ndims, self.backend)
+        except Deferred as deferred:
+            return self._call_deferred(deferred, residual, out)
         check_channels(x, self.num_features)
         if self._watch is not None:
             self._watch(x)
@@ -126,7 +134,7 @@ class _BatchNorm(State, Converters):
         rows = np.empty((6, self.num_features))  # those of the table, and the batch's moments
         rows[:4] = self._table
         weight, mean, m2 = rows[0], rows[4], rows[5]
-        y, n = train_packed(
+        y, n = self._train(
             x, weight, rows[1], mean, m2, self.eps, residual, relu, out, self.backend
         )
         saved = self._saved
@@ -149,6 +157,41 @@ class _BatchNorm(State, Converters):
             self._table[2:] = moved
         self._saved = saved
         return y
+
+    def _call_deferred(self, deferred: Deferred, residual: Any, out: Any) -> NDArray[Any]:
+        """Return the result of a call on a dask array, and update the running statistics now."""
+        x, engine = deferred.collection, deferred.engine
+        check_channels(engine.admit(x, self._ndims, self.backend), self.num_features)
+        if self._watch is not None:
+            self._watch(x)
+        _, _, mean, var = self._views
+        tracked = self.training and self.track_running_stats
+        of_the_batch = self.training or (mean is None and var is None)
+        count = None if self.num_batches_tracked is None else self.num_batches_tracked + 1
+        kept = tracked or not of_the_batch
+        y: NDArray[Any] = engine.batch_norm(
+            x,
+            mean if kept else None,
+            var if kept else None,
+            self.weight,
+            self.bias,
+            of_the_batch,
+            self._factor(count),
+            self.eps,
+            residual=residual,
+            activation=self.activation,
+            out=out,
+            backend=self.backend,
+        )
+        if tracked:
+            self.num_batches_tracked = count
+        if self.training:
+            self._saved = "the input of the last training forward was a dask array"
+        return y
+
+    def _pooled(self, seen: Any) -> Any:
+        """Return what this layer and its like in other processes saw in `bnfast.recalibrate`."""
+        return seen
 
     def _packed(self) -> tuple[Channels, ...]:
         """Return the rows of the table in float64, packed anew if any of its bits has changed.
@@ -200,7 +243,7 @@ class _BatchNorm(State, Converters):
         if isinstance(x, DeviceArray):
             x = admit(x.array, self._ndims, self.backend)  # by now its stream may be another
         invstd = channels.invstd(m2, n, eps)
-        gradients = backward_packed(
+        gradients = self._differentiate(
             dy, x, y, mean, invstd, weight, True, residual, None, self.backend
         )
         dtype = self._table.dtype

@@ -112,6 +112,11 @@ class Moments:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        """Return what the moments are, for dask's names of tasks."""
+        sums = self._sums and [np.asarray(part).tolist() for part in self._sums]
+        return type(self).__qualname__, self.count, self.mean, self.m2, sums
+
     def merge(self, *others: Moments) -> Moments:
         """Return the moments of all the elements together.
 
@@ -150,6 +155,23 @@ class Moments:
 def refined(part: Moments, tail: Channels) -> Moments:
     """Return a part whose mean is known to be ``part.mean + tail``, further than its digits go."""
     return _rounded(_sums(part, part.mean, tail))
+
+
+def side_by_side(parts: Sequence[Moments]) -> Moments:
+    """Return the moments of all the channels of parts with the same count, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    mean, m2 = (np.concatenate([getattr(part, name) for part in parts]) for name in ("mean", "m2"))
+    joined = Moments(parts[0].count, mean, m2)
+    if all(part._sums for part in parts):
+        sums = [part._sums for part in parts if part._sums]
+        unit = min(one.unit for one in sums)
+        shifted = [one.sums << one.unit - unit for one in sums]
+        squares = [one.squares << 2 * (one.unit - unit) for one in sums]
+        lost = ([getattr(one, name) for one in sums] for name in ("lost_mean", "lost_m2"))
+        columns = map(np.concatenate, (shifted, squares, *lost))
+        joined._set("_sums", _Sums(joined.count, unit, *columns))
+    return joined
 
 
 def _sums(part: Moments, *means: Channels) -> _Sums:

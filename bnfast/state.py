@@ -147,6 +147,12 @@ class State:
             self.num_batches_tracked = count
         return IncompatibleKeys(missing, unexpected)
 
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        """Return what the results depend on, for dask's names of tasks."""
+        state = self.__getstate__()
+        del state["_saved"]
+        return type(self).__qualname__, sorted(state.items())
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and copy keep: everything but what the last forward saved."""
         state = self.__dict__.copy()
