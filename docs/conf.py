@@ -19,6 +19,7 @@ myst_heading_anchors = 3
 
 # `name` in a docstring is a link where the name is documented, as in the docstrings of NumPy.
 default_role = "py:obj"
+autodoc_mock_imports = ["mpi4py"]  # importing it starts MPI
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # numpydoc's sections say more
