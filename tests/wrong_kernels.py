@@ -404,6 +404,13 @@ def relu_by_multiplication(right, a):
             a["y"][...] = a["y"] * (a["y"] > 0)
 
 
+@wrong("normalize", "test_relu_of_minus_zero_is_zero")
+def relu_keeps_minus_zero(right, a):
+    right(**a | {"relu": False})
+    if a["relu"]:
+        a["y"][a["y"] < 0] = 0
+
+
 @wrong("normalize", "test_relu_passes_nan")
 def relu_swallows_nan(right, a):
     right(**a | {"relu": False})

@@ -149,8 +149,6 @@ class BatchNormalization(OpRun):
         weight, bias, mean, var = [np.array(vector, np.float64) for vector in vectors]
         if weight.ndim != 1:
             weight, bias, mean, var = (each.reshape(-1) for each in (weight, bias, mean, var))
-        if relu:
-            bias += 0.0  # -0.0 becomes 0.0: of -0.0, NumPy's maximum with 0 makes 0.0
         eps = settings.epsilon
         try:
             x = admit(x, None)

@@ -125,6 +125,19 @@ class RobustnessTests(ForwardTests, BackwardTests):
         assert (y[below] == 0).all(), "the ReLU of -inf is 0"
         assert np.isposinf(y[above & ~below].astype(np.float64)).all()
 
+    @over("operation", ("normalize", "train"))
+    @over("dtype", ALL_DTYPES)
+    @over("shape", ((3, 5, 67), (203, 5)))
+    def test_relu_of_minus_zero_is_zero(
+        self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type, operation: str
+    ) -> None:
+        inputs = draw(rng, shape, dtype)
+        minus = np.full(shape[1], -0.0)
+        nothing = np.full(shape, -0.0, dtype)
+        inputs = inputs.replace(residual=nothing, weight=minus, bias=minus)
+        y = run(operation, inputs, relu=True)["y"]
+        assert_same_bits("y", y, np.zeros(shape, dtype))
+
     @over("dtype", ALL_DTYPES)
     @over("shape", ((3, 5, 67), (203, 5)))
     def test_gradient_is_masked_where_y_is_not_positive(

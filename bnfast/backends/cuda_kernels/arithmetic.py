@@ -144,7 +144,7 @@ def output_of(x, residual, moments, affine, divisor, eps, channels, c, add, relu
 def finish(value, residual, add, relu):
     """Add the residual and cut off what is negative; NaN passes."""
     total = value + residual if add else value
-    return cast(0.0, total) if relu and total < 0 else total
+    return cast(0.0, total) if relu and total <= 0 else total
 
 
 @device

@@ -2,13 +2,13 @@
    channel each (rows), or rows of channels (columns).  Needs REAL, STORE, FN, BN_IS_DOUBLE, stream.h. */
 
 /* One element. The mean may have more digits than REAL: its head is subtracted, its tail is in the
-   shift. */
+   shift. ReLU passes NaN, and makes 0 of -0, as NumPy's maximum does. */
 static inline STORE FN(affine_one)(const STORE *x, const STORE *residual, REAL head, REAL scale,
                                    REAL shift, int relu)
 {
     const REAL normal = FN(mad)(FN(raise_one)(*x) - head, scale, shift);
     const REAL sum = residual ? normal + FN(raise_one)(*residual) : normal;
-    return FN(round_one)(relu && sum < 0 ? 0 : sum);
+    return FN(round_one)(relu && sum <= 0 ? 0 : sum);
 }
 
 /* The same in double, rounded where the definition rounds: for channels whose numbers do not fit
@@ -19,7 +19,7 @@ static inline STORE FN(affine_wide)(const STORE *x, const STORE *residual, bn_af
     REAL y = (REAL)((FN(raise_one)(*x) - affine.mean) * affine.scale + affine.bias);
     if (residual)
         y += FN(raise_one)(*residual);
-    return FN(round_one)(relu && y < 0 ? 0 : y);
+    return FN(round_one)(relu && y <= 0 ? 0 : y);
 }
 
 static inline int FN(affine_fits)(bn_affine affine)
@@ -69,7 +69,7 @@ BN_INLINE FN(stored) FN(affine_each)(const STORE *x, const STORE *residual, FN(v
     FN(vector) sum = FN(mad_each)(FN(get)(x) - head, scale, shift);
     if (add)
         sum += FN(get)(residual);
-    return FN(round)(relu ? FN(where)(~(sum < 0), sum) : sum);
+    return FN(round)(relu ? FN(where)(~(sum <= 0), sum) : sum);
 }
 
 /* One channel, or (step 1) a part of a row of channels, for constant `add` and `relu`. The end of a

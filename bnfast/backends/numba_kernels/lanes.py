@@ -20,7 +20,7 @@ AVX-512, of which there are enough for two sets of lanes: `PAIRED`.
     difference(a, b)                 a - b, and 0 where they are equal, infinities too
     where_positive(t, v)             v where t > 0, else 0
     where_nonzero(t, v, w)           v where t != 0, else w
-    rectify(v)                       0 where v < 0, else v: NaN passes
+    rectify(v)                       0 where v <= 0, else v: NaN passes
     settle(v, low)                   v + low where low is finite, else v
     misfit(v, least, most)           1 where least <= abs(v) <= most does not hold, else 0
     first_lanes(count, v, w)         v in the first ``count`` lanes, w in the others
