@@ -175,7 +175,7 @@ def is_same(a: Any, b: Any) -> bool:
 
 def _repeats(array: Any) -> bool:
     """Return whether several elements of the array lie in one place, wholly or in part."""
-    extent = array.itemsize
+    extent = array.dtype.itemsize
     long = [(abs(step), n) for n, step in zip(array.shape, array.strides, strict=True) if n > 1]
     for step, n in sorted(long):
         if step < extent:
@@ -189,7 +189,7 @@ def _collides(array: NDArray[Any]) -> bool:
     places: NDArray[np.int64] = np.zeros((), np.int64)
     for n, step in zip(array.shape, array.strides, strict=True):
         places = np.add.outer(places, step * np.arange(n))
-    return bool((np.diff(np.sort(places, axis=None)) < array.itemsize).any())
+    return bool((np.diff(np.sort(places, axis=None)) < array.dtype.itemsize).any())
 
 
 def _overlap(a: Any, b: Any) -> bool:

@@ -28,7 +28,12 @@ NEEDS = re.compile(r"^<!-- needs: (.*) -->$", re.MULTILINE)
 FENCED = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
 
-MODULE_NEEDS = {"bnfast.interop.onnx": "onnx", "bnfast.interop.onnx_operator": "onnx"}
+MODULE_NEEDS = {
+    "bnfast.interop.dask": "dask",
+    "bnfast.interop.mpi": "mpi4py",
+    "bnfast.interop.onnx": "onnx",
+    "bnfast.interop.onnx_operator": "onnx",
+}
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -34,9 +34,10 @@ class _Tensor(ctypes.Structure):
     )
 
 
-_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer_of.restype = ctypes.POINTER(_Tensor)
-_pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
+# A prototype of our own: all users of an attribute of ctypes.pythonapi share its types.
+_pointer_of = ctypes.PYFUNCTYPE(ctypes.POINTER(_Tensor), ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 
 
 def interface(x: Any) -> dict[str, Any]:
