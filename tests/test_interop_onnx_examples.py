@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,12 @@ def test_fifty_images_of_text(monkeypatch, capsys, tmp_path):
         assert image.size[1] > 50 * text_direction.HEIGHT
 
 
+FUSED = {
+    "resnet50": {"BatchNormalization+Relu": 33, "BatchNormalization+Sum+Relu": 16},
+    "shufflenet": {"BatchNormalization+Relu": 17, "BatchNormalization+Sum+Relu": 13},
+}
+
+
 @pytest.mark.parametrize("name", light_models.RTOL)
 def test_a_light_model_has_the_outputs_that_onnx_expects(name):
     """With what lies between, as the weights are such that the last Softmax hides most of it."""
@@ -69,8 +76,9 @@ def test_a_light_model_has_the_outputs_that_onnx_expects(name):
     results = evaluator.run(None, inputs, intermediate=True)
     tolerance = {"rtol": light_models.RTOL[name], "atol": light_models.ATOL}
     np.testing.assert_allclose(results[model.graph.output[0].name], expected, **tolerance)
-    if any("+" in node.op_type for node in evaluator.rt_nodes_):
-        np.testing.assert_allclose(evaluator.run(None, inputs)[0], expected, **tolerance)
+    fused = Counter(node.op_type for node in evaluator.rt_nodes_ if "+" in node.op_type)
+    assert fused == FUSED.get(name, {})
+    np.testing.assert_allclose(evaluator.run(None, inputs)[0], expected, **tolerance)
     nodes = [node for node in model.graph.node if node.op_type == "BatchNormalization"]
     assert (
         len(nodes)

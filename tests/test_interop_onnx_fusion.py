@@ -39,15 +39,36 @@ def test_a_fused_call_gives_the_bits_of_the_separate_ones(rng, pattern, dtype, b
         assert same_bits(fused.run(None, arrays)[0], separate.run(None, arrays)[0])
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_float16_rounds_once(rng, pattern):
-    nodes, _ = PATTERNS[pattern]
-    proto = model(nodes, extra=[info("r", TensorProto.FLOAT16)])
-    arrays = bound_arrays(rng, np.float16)
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_16_bits_are_rounded_once(rng, name):
+    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), name, name))
+    proto = model(PATTERNS["add"][0], extra=[info("r")], opset=15)
+    arrays = bound_arrays(rng, dtype, (4, 3, 50, 60))
+    x, r, *vectors = (arrays[key].astype(np.float64) for key in ("x", "r", *VECTORS))
+    scale, bias, mean, var = (vector.reshape(-1, 1, 1) for vector in vectors)
+    exact = (x - mean) / np.sqrt(var + float(np.float32(1e-5))) * scale + bias
+    once = np.maximum(exact + r, 0).astype(dtype)
     fused = ReferenceEvaluator(proto).run(None, arrays)[0]
-    assert fused.dtype == np.float16
     separate = ReferenceEvaluator(proto, fuse=False).run(None, arrays)[0]
-    np.testing.assert_allclose(fused.astype(float), separate.astype(float), rtol=4e-3, atol=2e-2)
+    assert fused.dtype == separate.dtype == dtype
+    assert (fused != once).mean() < 0.01
+    assert (separate != once).mean() > 0.05
+
+
+@over_backends
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("pattern", ["add", "add, the other way round"])
+def test_nan_beside_nan_stays_nan(rng, pattern, dtype, backend):
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    proto = model(PATTERNS[pattern][0], extra=[info("r", kind)])
+    arrays = bound_arrays(rng, dtype)
+    arrays["x"][0, :, 1], arrays["r"][0, :, 1] = np.nan, -np.nan
+    with bnfast.use_backend(backend):
+        fused = ReferenceEvaluator(proto).run(None, arrays)[0]
+        separate = ReferenceEvaluator(proto, fuse=False).run(None, arrays)[0]
+    assert np.isnan(fused[0, :, 1]).all()
+    fused[0, :, 1] = separate[0, :, 1] = 0
+    assert same_bits(fused, separate)
 
 
 def captured_by_a_body():
@@ -98,6 +119,64 @@ def test_a_name_that_changes_its_value_stops_fusion(rng):
     nodes = [bn(), op("Neg", "r", "r"), op("Add", "y r", "s"), op("Relu", "s", "z")]
     evaluator = ReferenceEvaluator(model(nodes, extra=[info("r")]))
     assert kinds(evaluator) == ["BatchNormalization", "Neg", "Add", "Relu"]
+
+
+REBOUND = {
+    "what it takes is made anew": [bn("q"), op("Neg", "q", "q"), op("Relu", "y", "a")],
+    "what it makes was used before": [op("Relu", "q", "a"), bn("x", "q")],
+}
+
+
+@pytest.mark.parametrize("how", REBOUND)
+def test_a_body_that_makes_a_name_from_around_it_anew_is_left_alone(rng, how):
+    then = helper.make_graph(REBOUND[how], "then", [], [info("a")])
+    other = helper.make_graph([op("Identity", "x", "b")], "else", [], [info("b")])
+    branch = op("If", "go", "z", then_branch=then, else_branch=other)
+    proto = model([op("Neg", "x", "q"), branch], extra=[info("go", TensorProto.BOOL)])
+    arrays = bound_arrays(rng, np.float32) | {"go": np.array([True])}
+    found = ReferenceEvaluator(proto).run(None, arrays)[0]
+    assert same_bits(found, Stock(proto, new_ops=[BatchNormalization]).run(None, arrays)[0])
+
+
+def test_nodes_out_of_order_are_left_alone(rng):
+    proto, arrays = model([op("Relu", "y", "z"), bn()]), bound_arrays(rng, np.float32)
+    with pytest.raises(RuntimeError, match="Unable to find input 'y'"):
+        ReferenceEvaluator(proto).run(None, arrays)
+
+
+def test_a_relu_of_two_inputs_is_refused_as_it_stands(rng):
+    proto = model([bn(), op("Relu", "y r", "z")], extra=[info("r")])
+    assert kinds(ReferenceEvaluator(proto)) == ["BatchNormalization", "Relu"]
+
+
+@pytest.mark.parametrize("method", ["run", "_run"])
+def test_a_subclass_that_computes_in_its_own_way_is_not_fused(rng, method):
+    def doubled(self, *inputs, **options):
+        (y,) = getattr(super(Own, self), method)(*inputs, **options)
+        return (2 * y,)
+
+    Own = type("BatchNormalization", (BatchNormalization,), {method: doubled})
+    proto, arrays = model(PATTERNS["relu"][0]), bound_arrays(rng, np.float32)
+    evaluator = ReferenceEvaluator(proto, new_ops=[Own])
+    assert kinds(evaluator) == ["BatchNormalization", "Relu"]
+    assert same_bits(
+        evaluator.run(None, arrays)[0], 2 * ReferenceEvaluator(proto).run(None, arrays)[0]
+    )
+
+
+def test_evaluators_of_functions_follow_in_fusion():
+    inner = helper.make_function(
+        "local", "F", ["x", *VECTORS], ["z"], PATTERNS["relu"][0], [helper.make_opsetid("", 11)]
+    )
+    node = helper.make_node("F", ["x", *VECTORS], ["z"], domain="local")
+    graph = model([node]).graph
+    for made in (ReferenceEvaluator(inner), Stock(inner)):
+        for fuse, wanted in (
+            (True, ["BatchNormalization+Relu"]),
+            (False, ["BatchNormalization", "Relu"]),
+        ):
+            outer = ReferenceEvaluator(graph, {"": 11, "local": 1}, functions=[made], fuse=fuse)
+            assert kinds(outer.functions_["local", "F"]) == wanted
 
 
 def test_a_residual_that_is_broadcast_is_added_by_the_add(rng):

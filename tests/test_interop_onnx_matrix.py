@@ -17,6 +17,8 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 import onnx_models
 from onnx.reference import ReferenceEvaluator as Stock
 from onnx_models import Case, same_bits, standard, tolerance
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplemented_
 
 from bnfast.interop.onnx import BatchNormalization, ReferenceEvaluator
 
@@ -60,6 +62,11 @@ def test_outputs_are_those_of_the_standard_and_of_onnxruntime(case: Case, rng) -
             np.abs(theirs.astype(np.float64) - found["y"].astype(np.float64)).max()
             <= 4 * step * size
         )
+    elif not case.training:
+        with pytest.raises((NotImplemented_, InvalidGraph)):
+            onnxruntime.InferenceSession(
+                model.SerializeToString(), providers=["CPUExecutionProvider"]
+            )
 
 
 def largest(name: str, arrays, expected) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import os
 import re
@@ -433,3 +434,25 @@ def test_before_fork_of_imported_backends_runs(tmp_path):
         os.waitpid(child, 0)
     """
     assert output_of(code, PYTHONPATH=str(tmp_path)) == "used was told"
+
+
+def test_beside_threads_that_spin_calls_of_medium_size_take_one(monkeypatch):
+    monkeypatch.delenv("BNFAST_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads._reset()
+    three = functools.cache(lambda: threads.ThreadCount(3, "a test"))
+    monkeypatch.setattr(threads, "_available", three)
+    few = threads.beside_spinning.FEW
+
+    def count(elements):
+        with threads.beside_spinning(elements):
+            return bnfast.get_num_threads()
+
+    assert count(threads.SERIAL_BELOW) == count(few - 1) == 1
+    assert count(few) == 3
+    assert bnfast.get_num_threads() == 3
+    with bnfast.use_num_threads(2):  # somebody's wish is left alone
+        assert count(few - 1) == 2
+    bnfast.set_num_threads(5)
+    assert count(few - 1) == 5
+    bnfast.set_num_threads(None)

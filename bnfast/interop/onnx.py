@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnx import FunctionProto
 from onnx.reference import ReferenceEvaluator as _Stock
 from onnx.reference.op_run import OpRun
 
@@ -61,8 +60,9 @@ class ReferenceEvaluator(_Stock):
 
     Notes
     -----
-    In float32 and float64 a fused call gives the bits of the separate ones; in float16 and bfloat16
-    it rounds once instead of two or three times. Nodes are fused only where nothing but the
+    In float32 and float64 a fused call gives the bits of the separate ones (where a NaN meets a
+    NaN, the sign of the result is open); in float16 and bfloat16 it rounds once instead of two or
+    three times. Nodes are fused only where nothing but the
     Relu can see what is between them. A run whose caller looks there does not fuse: with
     ``intermediate=True``, ``verbose``, shape annotations that are checked, or a name in
     ``output_names`` that would not be there.
@@ -108,13 +108,18 @@ class ReferenceEvaluator(_Stock):
 
     def _own(self, function: Any) -> Any:
         """Return an evaluator of this class for a function, also for one that onnx evaluates."""
-        if isinstance(function, FunctionProto | ReferenceEvaluator):
+        other = isinstance(function, ReferenceEvaluator) and function.fuse is not self.fuse
+        if not other and type(function) is not _Stock:
             return function
+        options = {}
+        if hasattr(function, "check_shape_annotations_"):
+            options["check_shape_annotations"] = function.check_shape_annotations_
         return type(self)(
             function.proto_,
             functions=list(function.functions_.values()),
             verbose=function.verbose,
             new_ops=list(function.new_ops_.values()),
+            **options,
         )
 
     def _init(self) -> None:
@@ -150,7 +155,8 @@ class ReferenceEvaluator(_Stock):
         looked_at = (
             intermediate
             or self.verbose > 0
-            or bool(checks)
+            or bool(check_shape_annotations)
+            or _bindings is not None
             or getattr(self, "check_shape_annotations_", False)
             or not self._hidden.isdisjoint(output_names or ())
         )

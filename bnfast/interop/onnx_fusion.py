@@ -87,9 +87,7 @@ def fused(
     given : iterable of str
         What the graph has without its nodes: inputs and initializers.
     """
-    made = Counter(name for node in nodes for name in node.output if name)
-    made.update(set(given))
-    if made and max(made.values()) > 1:  # a name that changes its value: the order counts
+    if not _made_once(nodes, given):
         return list(nodes), frozenset()
     used = Counter(outputs)
     for node in nodes:
@@ -97,7 +95,7 @@ def fused(
     consumer = {name: node for node in nodes for name in node.input}
     replaced: dict[int, Fused | None] = {}
     for node in nodes:
-        if isinstance(node, operator) and id(node) not in replaced:
+        if _is_own(node, operator) and id(node) not in replaced:
             chain = _chain(node, consumer, used)
             if chain and not any(id(part) in replaced for part in chain):
                 replaced |= dict.fromkeys(map(id, chain[:-1]))
@@ -107,6 +105,27 @@ def fused(
     hidden = frozenset(node.output[0] for node in nodes if replaced.get(id(node), node) is None)
     kept = [replaced.get(id(node), node) for node in nodes]
     return [node for node in kept if node is not None], hidden
+
+
+def _made_once(nodes: Sequence[Any], given: Iterable[str]) -> bool:
+    """Return whether every name is made once, and before it is used; else the order counts.
+
+    A name that is used first is of the graph around this one, or missing.
+    """
+    seen = set(given)
+    for node in nodes:
+        seen.update(_names_used(node.onnx_node))
+        for name in filter(None, node.output):
+            if name in seen:
+                return False
+            seen.add(name)
+    return True
+
+
+def _is_own(node: Any, operator: Any) -> bool:
+    """Return whether a node is computed by the operator, and not by a subclass in its own way."""
+    kind = type(node)
+    return isinstance(node, operator) and kind.run is operator.run and kind._run is operator._run
 
 
 def _chain(node: Any, consumer: Mapping[str, Any], used: Mapping[str, int]) -> list[Any]:
@@ -127,10 +146,13 @@ def _chain(node: Any, consumer: Mapping[str, Any], used: Mapping[str, int]) -> l
 
 def _is_stock(node: Any, types: tuple[str, ...]) -> bool:
     """Return whether a node is onnx's own, of one of the types; of a Sum, one of two operands."""
+    operands = 1 if node.op_type == "Relu" else 2
     return (
         node.op_type in types
         and type(node).__module__.startswith("onnx.reference.ops.")
-        and (node.op_type == "Relu" or (len(node.input) == 2 and all(node.input)))
+        and len(node.input) == operands
+        and all(node.input)
+        and len(node.output) == 1
     )
 
 

@@ -133,7 +133,7 @@ class RobustnessTests(ForwardTests, BackwardTests):
     ) -> None:
         inputs = draw(rng, shape, dtype)
         minus = np.full(shape[1], -0.0)
-        nothing = np.full(shape, -0.0, dtype)
+        nothing: Floats = np.full(shape, -0.0, dtype)
         inputs = inputs.replace(residual=nothing, weight=minus, bias=minus)
         y = run(operation, inputs, relu=True)["y"]
         assert_same_bits("y", y, np.zeros(shape, dtype))

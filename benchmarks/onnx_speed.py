@@ -1,6 +1,6 @@
 """Time inside batch norm in ONNX's reference evaluator: onnx's operator against bnfast's.
 
-    python benchmarks/onnx_models.py [--repeat 15] [MODEL ...]
+    python benchmarks/onnx_speed.py [--repeat 15] [MODEL ...]
 
 On ONNX's light models and on the classifier of docs/examples/onnx_text_direction.py, node by node,
 on the arrays that each has in a run, both operators in turns; the medians count. Needs onnx,
