@@ -146,8 +146,8 @@ def use_num_threads(num_threads: SupportsIndex) -> Iterator[None]:
 class beside_spinning:
     """One thread inside a ``with`` block, for a call between those of a library with threads.
 
-    Those of OpenBLAS spin for milliseconds after a matrix product. Where they hold the cores, a team
-    waits for its second thread as long: 28 ms for the batch norms of a ResNet-50 in ONNX's
+    Those of OpenBLAS spin for milliseconds after a matrix product. Where they hold the cores, a
+    team waits for its second thread as long: 28 ms for the batch norms of a ResNet-50 in ONNX's
     evaluator, on two cores, where one thread takes 1.8. A number that somebody has set is left
     alone, and so are calls on `FEW` elements or more, which outlast the spinning.
     """
