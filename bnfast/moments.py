@@ -149,12 +149,13 @@ class Moments:
         parts = [part for part in (self, *others) if part.count]
         if len(parts) < 2:
             return parts[0] if parts else self
-        return _rounded(_total([part._sums or _sums(part, part.mean) for part in parts]))
+        return _rounded(_total([part._sums or _sums(part) for part in parts]))
 
 
-def refined(part: Moments, tail: Channels) -> Moments:
-    """Return a part whose mean is known to be ``part.mean + tail``, further than its digits go."""
-    return _rounded(_sums(part, part.mean, tail))
+def refined(part: Moments, mean: Channels, m2: Channels | float = 0.0) -> Moments:
+    """Return a part whose moments are known beyond its digits: with these, if finite, added."""
+    mean, m2 = (np.where(np.isfinite(tail), tail, 0.0).astype(np.float64) for tail in (mean, m2))
+    return _rounded(_sums(part, (part.mean, mean), (part.m2, m2)))
 
 
 def side_by_side(parts: Sequence[Moments]) -> Moments:
@@ -174,20 +175,27 @@ def side_by_side(parts: Sequence[Moments]) -> Moments:
     return joined
 
 
-def _sums(part: Moments, *means: Channels) -> _Sums:
-    """Return the exact sums of a part whose mean is the sum of ``means``."""
+def _sums(part: Moments, means: Sequence[Channels] = (), m2s: Sequence[Channels] = ()) -> _Sums:
+    """Return the exact sums of a part whose mean and m2 are these sums, or else its own."""
     with np.errstate(invalid="ignore"):
-        not_finite = sum(mean - mean for mean in means)  # NaN where a mean is not finite, else 0
+        not_finite = part.mean - part.mean  # NaN where the mean is not finite, else 0
         known = np.isfinite(not_finite)
         known_m2 = known & np.isfinite(part.m2)
-        lost_mean = np.where(known, 0.0, sum(means))
+        lost_mean = np.where(known, 0.0, part.mean)
         lost_m2 = np.where(known_m2, 0.0, part.m2 + not_finite)
-    heads = [_integers(np.where(known, mean, 0.0)) for mean in means]
-    m2, m2_unit = _integers(np.where(known_m2, part.m2, 0.0))
-    unit = min(*(head_unit for _, head_unit in heads), m2_unit // 2)
-    mean = sum(head << head_unit - unit for head, head_unit in heads)
+    mean, mean_unit = _sum([np.where(known, mean, 0.0) for mean in means or (part.mean,)])
+    m2, m2_unit = _sum([np.where(known_m2, m2, 0.0) for m2 in m2s or (part.m2,)])
+    unit = min(mean_unit, m2_unit // 2)
+    mean = mean << mean_unit - unit
     squares = (m2 << m2_unit - 2 * unit) + part.count * mean * mean
     return _Sums(part.count, unit, part.count * mean, squares, lost_mean, lost_m2)
+
+
+def _sum(vectors: Sequence[Channels]) -> tuple[NDArray[np.object_], int]:
+    """Return the exact sum of vectors: integers, and the power of two in whose units they are."""
+    parts = [_integers(vector) for vector in vectors]
+    unit = min(part_unit for _, part_unit in parts)
+    return np.sum([part << part_unit - unit for part, part_unit in parts], axis=0), unit
 
 
 def _integers(vector: Channels) -> tuple[NDArray[np.object_], int]:
