@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import dask
 import dask.array as da
 import numpy as np
@@ -19,6 +21,19 @@ def chunks_of(rng, shape):
         cuts = rng.choice(np.arange(1, length), rng.integers(0, min(length, 3)), replace=False)
         pieces.append(tuple(int(n) for n in np.diff([0, *sorted(cuts), length])))
     return tuple(pieces)
+
+
+def exact_moments(x):
+    """Return mean and m2 of the channels of x, correctly rounded."""
+    rounded = []
+    for channel in np.moveaxis(x, 1, 0):
+        ratios = [value.as_integer_ratio() for value in channel.ravel().tolist()]
+        unit, n = max(below for _, below in ratios), len(ratios)  # powers of two
+        values = [above * (unit // below) for above, below in ratios]
+        total, squares = sum(values), sum(value * value for value in values)
+        deviations = n * squares - total * total
+        rounded.append([Fraction(total, n * unit), Fraction(deviations, n * unit * unit)])
+    return np.array(rounded, float).T
 
 
 class Draw:
@@ -53,25 +68,28 @@ class Draw:
         )
 
     def check(self, moments, y):
-        """Check y; return the difference of the moments from those in memory, in ulps."""
+        """Check y and the moments; return how far those in memory are from them, in ulps."""
         whole = F.moments(self.inputs.x)
         assert moments.count == whole.count
-        pairs = [(moments.mean, whole.mean), (moments.m2, whole.m2)]
-        ulps = [abs(value - expected) / np.spacing(abs(expected)) for value, expected in pairs]
+        found, in_one = np.array([moments.mean, moments.m2]), np.array([whole.mean, whole.m2])
+        exact = exact_moments(self.inputs.x)
+        ulp = np.spacing(abs(exact))
+        assert np.max(abs(found - exact) / ulp) <= 1
+        ulps = abs(found - in_one) / ulp
         in_memory = self.call(F.batch_norm, self.inputs.x, self.inputs.residual)
         assert y.dtype == in_memory.dtype
         assert y.shape == in_memory.shape
         if not self.training:
             np.testing.assert_array_equal(y, in_memory)
         assert_normalised(y, self.inputs, relu=self.relu, training=self.training)
-        return np.concatenate(ulps)
+        return ulps.ravel()
 
 
 def check_all(rng, amount, **scheduler):
     """Compute so many arrays on a scheduler and check them.
 
-    Moments are those of the call in memory to 2 ulps, but for one in some hundred arrays: both are
-    off themselves by up to 2 ulps of the exact ones, now and then in opposite directions.
+    Moments are the exact ones to an ulp, and those of the call in memory to 2 ulps, but where that
+    is farther from the exact ones itself: for one in some thousand channels, by up to 5.
     """
     draws = [Draw(rng, number) for number in range(amount)]
     moments = dask.compute(*[bnd.moments(drawn.x) for drawn in draws], **scheduler)
@@ -79,4 +97,4 @@ def check_all(rng, amount, **scheduler):
     computed = zip(draws, moments, dask.compute(*lazy, **scheduler), strict=True)
     ulps = np.concatenate([drawn.check(whole, y) for drawn, whole, y in computed])
     assert np.mean(ulps <= 2) > 0.99
-    assert ulps.max() <= 4
+    assert ulps.max() <= 6
