@@ -97,11 +97,12 @@ typedef struct {
 
 /* What an elementwise kernel multiplies with and adds: in REAL for each of `width`
    columns of a wide row (or channels), one vector behind the other, and in double for each channel.
-   While it sends a run past the cache it asks for what lies `ahead`, if that is not 0. */
+   While it sends a run past the cache it asks for what lies `ahead`, if that is not 0. Rows that
+   are `apart` are read one by one. */
 typedef struct {
     const char *packed;
     bn_index width, channels, ahead;
-    int fits, relu, stream;
+    int fits, relu, stream, apart;
     const double *mean, *scale, *bias;
 } bn_affines;
 
