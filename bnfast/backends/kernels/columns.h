@@ -21,10 +21,10 @@ BN_INLINE void FN(add_rows)(const STORE *x, bn_index width, bn_index stride, bn_
         _Pragma("GCC unroll 8") for (int row = 0; row < rows; row++)
         {
             const STORE *const at = x + row * stride + c;
-            const FN(wide) d = FN(load)(at) - from;
+            const FN(wide) d = FN(plus)(FN(load)(at), -1, from);
             if (ahead && c % FN(LINE) == 0)
                 BN_PREFETCH(at + ahead);
-            deviations += d;
+            deviations = FN(plus)(deviations, 1, d);
             squares = FN(wide_mad_each)(d, d, squares);
         }
         FN(add_vector)(off + c, deviations);
@@ -94,8 +94,11 @@ static inline void FN(block_moments)(const STORE *x, bn_index rows, bn_index wid
     for (bn_index c = 0; c < width; c++)
         first[c] /= (double)sample;
     bn_index row = 0;
+    if (ahead)
+        for (; row + BN_ROWS <= rows; row += BN_ROWS)
+            FN(add_rows)(x + row * stride, width, stride, ahead, first, off, square, BN_ROWS);
     for (; row + BN_ROWS <= rows; row += BN_ROWS)
-        FN(add_rows)(x + row * stride, width, stride, ahead, first, off, square, BN_ROWS);
+        FN(add_rows)(x + row * stride, width, stride, 0, first, off, square, BN_ROWS);
     for (; row < rows; row++)
         FN(add_rows)(x + row * stride, width, stride, 0, first, off, square, 1);
     for (bn_index c = 0; c < width; c++)
@@ -104,8 +107,7 @@ static inline void FN(block_moments)(const STORE *x, bn_index rows, bn_index wid
 
 static inline bn_index FN(block_rows)(bn_index width)
 {
-    const bn_index rows = BN_BLOCK_ELEMENTS / width;
-    return rows < BN_BLOCK_ROWS_MIN ? BN_BLOCK_ROWS_MIN : rows;
+    return BN_IS_DOUBLE ? bn_max(BN_BLOCK_ROWS_MIN, BN_BLOCK_ELEMENTS / width) : BN_BLOCK_ROWS;
 }
 
 /* Moments of up to BN_COLUMNS columns: one block after the other is merged into those before. */

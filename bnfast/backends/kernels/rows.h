@@ -65,8 +65,8 @@ BN_NOINLINE static void FN(add_squares)(const STORE *x, bn_index runs, bn_index 
 #define BN_ONE(i, k)                                                                               \
     do {                                                                                           \
         const STORE *const at = x + (i) + (k) * FN(WIDTH);                                          \
-        const FN(wide) d = FN(load)(at) - first;                                                   \
-        off.part[k] += d;                                                                          \
+        const FN(wide) d = FN(plus)(FN(load)(at), -1, first);                                      \
+        off.part[k] = FN(plus)(off.part[k], 1, d);                                                 \
         squares.part[k] = FN(wide_mad_each)(d, d, squares.part[k]);                                \
         if (ahead && (k) % FN(PER_LINE) == 0)                                                      \
             BN_PREFETCH(at + ahead);                                                               \

@@ -190,6 +190,19 @@ static inline FN(wide) FN(wide_mad_each)(FN(wide) a, FN(wide) b, FN(wide) c)
 #endif
 }
 
+/* b + a, or with the sign -1 b - a. Of float16 it is done where products are: converting keeps the
+   units that add busy, and a sum takes 0.9 of the time. */
+BN_INLINE FN(wide) FN(plus)(FN(wide) b, const double sign, FN(wide) a)
+{
+#if BN_LEVEL == 2 && BN_STORAGE == BN_HALF
+    FN(wide) factor = FN(spread)(sign);
+    __asm__("" : "+v"(factor)); /* or the compiler adds after all */
+    return FN(wide_mad_each)(a, factor, b);
+#else
+    return sign < 0 ? b - a : b + a;
+#endif
+}
+
 static inline void FN(add_vector)(double *sum, FN(wide) value)
 {
     value += FN(load_wide)(sum);
