@@ -107,7 +107,7 @@ static inline void FN(block_moments)(const STORE *x, bn_index rows, bn_index wid
 
 static inline bn_index FN(block_rows)(bn_index width)
 {
-    return BN_IS_DOUBLE ? bn_max(BN_BLOCK_ROWS_MIN, BN_BLOCK_ELEMENTS / width) : BN_BLOCK_ROWS;
+    return bn_max(BN_BLOCK_ROWS, BN_BLOCK_ELEMENTS / width);
 }
 
 /* Moments of up to BN_COLUMNS columns: one block after the other is merged into those before. */
@@ -115,7 +115,7 @@ static void FN(column_moments)(const char *x_bytes, bn_index rows, bn_index widt
                                bn_index ahead, bn_moments *moments)
 {
     const STORE *x = (const STORE *)x_bytes;
-    const bn_index step = FN(block_rows)(width);
+    const bn_index step = BN_IS_DOUBLE ? FN(block_rows)(width) : BN_BLOCK_ROWS_ONCE;
     if (rows <= step) {
         FN(block_moments)(x, rows, width, stride, ahead, moments);
         return;

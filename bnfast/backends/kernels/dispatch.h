@@ -64,12 +64,12 @@ static inline bn_index bn_runs(bn_index length) { return length < 64 ? 8 : lengt
 #define BN_COLUMNS 512
 #define BN_ROWS 8
 
-/* Rows of a channels-last block whose moments are found before they are merged into those of the
-   rows before. Of float64 it is read twice, the second time from the cache. Blocks of 32 rows would
-   spend a quarter of the time on merging. */
-#define BN_BLOCK_ROWS 512
+/* Rows of a channels-last block, whose sums are then added to those before; at least. Moments of
+   float64 read it twice, the second time from the cache. Those of float32 read it once, with an
+   error to spare, and merging the results of 32 rows would take a quarter of the time. */
 #define BN_BLOCK_ELEMENTS 16384
-#define BN_BLOCK_ROWS_MIN 32
+#define BN_BLOCK_ROWS 32
+#define BN_BLOCK_ROWS_ONCE 512
 
 /* The moments of a part of a channel. The mean is mean + low: parts are merged by the differences
    of their means, and at mean/std = 1e6 a mean in one double would cost these six digits. */
