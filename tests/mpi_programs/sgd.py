@@ -1,7 +1,7 @@
 """Train the example network split over the ranks, and whole; print the losses of each step.
 
-Whole twice: as it is, and with the gradients of convolutions added up rank by rank. In float32 their
-roundings alone part the losses of these two by 5e-6 within ten steps.
+Whole twice: as it is, and with the gradients of convolutions added up rank by rank. In float32
+their roundings alone part the losses of these two by 5e-6 within ten steps.
 """
 
 from __future__ import annotations
