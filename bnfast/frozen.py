@@ -8,10 +8,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from bnfast import channels, registry
+from bnfast import channels, packed, registry
 from bnfast.checks import admit, check_channels, check_eps, is_relu
 from bnfast.deferred import Deferred
-from bnfast.functional import normalize_packed
 from bnfast.spec import Channels
 from bnfast.state import NEUTRAL, VECTORS, check_variance
 
@@ -160,7 +159,7 @@ class FrozenBatchNorm:
         check_channels(x, self.num_features)
         weight, bias, mean, var = self._packed
         relu = self.activation is not None
-        return normalize_packed(
+        return packed.normalize(
             x, mean, var, weight, bias, self.eps, residual, relu, out, self.backend
         )
 

@@ -1,34 +1,30 @@
 """Batch normalisation as functions, in the argument order of ``torch.nn.functional``.
 
 The way of a call: admit the array, check every argument, plan the layout, choose the kernels, run
-them. Nothing is written before everything is checked. The ``*_packed`` functions are the second
-half of that way, for callers whose channel vectors are float64 already: the functions here and
-`bnfast.layers`.
+them. Nothing is written before everything is checked. The second half of that way is in
+`bnfast.packed`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast import channels, layout, registry, threads
+from bnfast import channels, layout, packed, registry, threads
 from bnfast.checks import (
     admit,
     check_apart,
     check_both_running,
     check_eps,
-    check_like,
-    check_out,
     check_running,
     is_relu,
 )
 from bnfast.deferred import Deferred
-from bnfast.device import DeviceArray
-from bnfast.layout import Plan
 from bnfast.moments import Moments
-from bnfast.spec import Channels, DeviceKernels, Floats, Kernels
+from bnfast.packed import Gradients
+from bnfast.spec import Channels
 
 __all__ = [
     "Gradients",
@@ -37,25 +33,6 @@ __all__ = [
     "batch_norm_with_stats",
     "moments",
 ]
-
-
-class Gradients(NamedTuple):
-    """What `batch_norm_backward` returns.
-
-    Attributes
-    ----------
-    dx : ndarray
-        Gradient of the input: its shape, dtype and layout.
-    dweight, dbias : ndarray of float64, shape (C,)
-        Gradients of weight and bias.
-    dresidual : ndarray or None
-        Gradient of the residual, if it was asked for.
-    """
-
-    dx: NDArray[Any]
-    dweight: Channels
-    dbias: Channels
-    dresidual: NDArray[Any] | None
 
 
 def batch_norm(
@@ -166,7 +143,7 @@ def batch_norm(
             )
         mean = channels.pack(running_mean, 0.0, count, "running_mean")
         var = channels.pack(running_var, 1.0, count, "running_var")
-        return normalize_packed(
+        return packed.normalize(
             x, mean, var, packed_weight, packed_bias, eps, residual, relu, out, backend
         )
     check_both_running(running_mean, running_var)
@@ -177,7 +154,7 @@ def batch_norm(
         check_apart(out, {"running_mean": running_mean, "running_var": running_var})
         statistics[0], statistics[1] = running_mean, running_var
     mean, m2 = statistics[2], statistics[3]
-    y, n = train_packed(x, packed_weight, packed_bias, mean, m2, eps, residual, relu, out, backend)
+    y, n = packed.train(x, packed_weight, packed_bias, mean, m2, eps, residual, relu, out, backend)
     if n and running_mean is not None:
         channels.update_running(statistics, n, momentum, running_mean, running_var)
     return y
@@ -215,7 +192,7 @@ def batch_norm_with_stats(
     packed_weight = channels.pack(weight, 1.0, count, "weight")
     packed_bias = channels.pack(bias, 0.0, count, "bias")
     mean, m2 = np.empty(count), np.empty(count)
-    y, n = train_packed(x, packed_weight, packed_bias, mean, m2, eps, residual, relu, out, backend)
+    y, n = packed.train(x, packed_weight, packed_bias, mean, m2, eps, residual, relu, out, backend)
     return y, mean, channels.invstd(m2, n, eps)
 
 
@@ -277,7 +254,7 @@ def batch_norm_backward(
     if relu and y is None:
         raise ValueError('activation="relu" needs y, the output of the forward call')
     packed_weight = channels.pack(weight, 1.0, count, "weight")
-    return backward_packed(
+    return packed.backward(
         dy,
         x,
         y if relu else None,
@@ -315,206 +292,5 @@ def moments(x: Any, *, backend: str | None = None) -> Moments:
     plan = layout.plan(x.shape, x.strides, x.dtype)
     x_form = kernels.view(x, plan)
     mean, m2 = np.empty(x.shape[1]), np.empty(x.shape[1])
-    num_threads = threads.claim(x.size)
-    try:
-        kernels.moments(x_form, mean=mean, m2=m2, num_threads=num_threads)
-    finally:
-        threads.free[num_threads > 1] = True
+    threads.run(kernels.moments, x.size, x_form, mean=mean, m2=m2)
     return Moments(plan.count, mean, m2)
-
-
-def normalize_packed(
-    x: NDArray[Any],
-    mean: Channels,
-    var: Channels,
-    weight: Channels,
-    bias: Channels,
-    eps: float,
-    residual: Any,
-    relu: bool,
-    out: Any,
-    backend: str | None,
-) -> NDArray[Any]:
-    """Run ``normalize`` on an admitted array with packed channel vectors."""
-    kernels = registry.choose(backend, x)
-    plan = layout.plan(x.shape, x.strides, x.dtype)
-    x_form, residual_form, out, y, y_form = forward_arrays(x, residual, out, plan, kernels)
-    num_threads = threads.claim(x.size)
-    try:
-        kernels.normalize(
-            x_form,
-            mean,
-            var,
-            weight,
-            bias,
-            eps,
-            residual_form,
-            y=y_form,
-            relu=relu,
-            num_threads=num_threads,
-        )
-    finally:
-        threads.free[num_threads > 1] = True
-    return y if out is None else deliver(out, y, kernels)
-
-
-def train_packed(
-    x: NDArray[Any],
-    weight: Channels,
-    bias: Channels,
-    mean: Channels,
-    m2: Channels,
-    eps: float,
-    residual: Any,
-    relu: bool,
-    out: Any,
-    backend: str | None,
-) -> tuple[NDArray[Any], int]:
-    """Run ``train`` on an admitted array with packed channel vectors; fill ``mean`` and ``m2``.
-
-    Returns the result, and the number of elements per channel.
-    """
-    kernels = registry.choose(backend, x)
-    plan = layout.plan(x.shape, x.strides, x.dtype)
-    if plan.count == 1:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"
-        )
-    x_form, residual_form, out, y, y_form = forward_arrays(x, residual, out, plan, kernels)
-    num_threads = threads.claim(x.size)
-    try:
-        kernels.train(
-            x_form,
-            weight,
-            bias,
-            eps,
-            residual_form,
-            y=y_form,
-            mean=mean,
-            m2=m2,
-            relu=relu,
-            num_threads=num_threads,
-        )
-    finally:
-        threads.free[num_threads > 1] = True
-    return y if out is None else deliver(out, y, kernels), plan.count
-
-
-def backward_packed(
-    dy: Any,
-    x: NDArray[Any],
-    y: Any,
-    mean: Channels,
-    invstd: Channels,
-    weight: Channels,
-    training: bool,
-    want_residual: bool,
-    out: Any,
-    backend: str | None,
-) -> Gradients:
-    """Run the backward kernels on an admitted array; ``y`` is given where ReLU was fused."""
-    kernels = registry.choose(backend, x)
-    plan = layout.plan(x.shape, x.strides, x.dtype)
-    dy = check_like(dy, x, "dy", kernels)
-    relu, y_form = y is not None, None
-    if relu:
-        y = check_like(y, x, "y", kernels)
-        y_form = kernels.view(y, plan)
-    if out is None:
-        dx = kernels.empty(plan, x)
-    else:
-        out = check_out(out, x, plan, kernels, may_be={"dy": dy})
-        check_apart(out, {"x": x, "y": y, "mean": mean, "invstd": invstd})
-        dx = _destination(out, plan, kernels, x)
-    dx_form = kernels.view(dx, plan)
-    dresidual = kernels.empty(plan, like=x) if want_residual else None
-    dresidual_form = None if dresidual is None else kernels.view(dresidual, plan)
-    dy_form, x_form = kernels.view(dy, plan), kernels.view(x, plan)
-    sum_dy, sum_dy_xhat = np.empty(mean.shape), np.empty(mean.shape)
-    num_threads = threads.claim(x.size)
-    try:
-        if training:
-            kernels.backward(
-                dy_form,
-                x_form,
-                y_form,
-                mean,
-                invstd,
-                weight,
-                dx=dx_form,
-                dresidual=dresidual_form,
-                sum_dy=sum_dy,
-                sum_dy_xhat=sum_dy_xhat,
-                relu=relu,
-                num_threads=num_threads,
-            )
-        else:
-            kernels.backward_sums(
-                dy_form,
-                x_form,
-                y_form,
-                mean,
-                invstd,
-                sum_dy=sum_dy,
-                sum_dy_xhat=sum_dy_xhat,
-                relu=relu,
-                num_threads=num_threads,
-            )
-            zero = np.zeros(mean.shape)
-            kernels.backward_input(
-                dy_form,
-                x_form,
-                y_form,
-                mean,
-                invstd,
-                weight,
-                zero,
-                zero,
-                1,
-                dx=dx_form,
-                dresidual=dresidual_form,
-                relu=relu,
-                num_threads=num_threads,
-            )
-    finally:
-        threads.free[num_threads > 1] = True
-    dx = dx if out is None else deliver(out, dx, kernels)
-    return Gradients(dx, sum_dy_xhat, sum_dy, dresidual)
-
-
-def forward_arrays(
-    x: NDArray[Any], residual: Any, out: Any, plan: Plan, kernels: Kernels
-) -> tuple[Floats, Floats | None, Any, NDArray[Any], Floats]:
-    """Check what a forward call adds and where it writes.
-
-    Returns the forms of x and residual, ``out`` as `check_out` returns it, and the array that the
-    kernels fill, with its form.
-    """
-    x_form, residual_form = kernels.view(x, plan), None
-    if residual is not None:
-        residual = check_like(residual, x, "residual", kernels)
-        residual_form = kernels.view(residual, plan)
-    if out is None:
-        y = kernels.empty(plan, x)
-    else:
-        out = check_out(out, x, plan, kernels, may_be={"x": x, "residual": residual})
-        y = _destination(out, plan, kernels, x)
-    return x_form, residual_form, out, y, kernels.view(y, plan)
-
-
-def _destination(out: Any, plan: Plan, kernels: Kernels, like: NDArray[Any]) -> NDArray[Any]:
-    """Return the array that the kernels fill: ``out``, if it lies as planned."""
-    planned: NDArray[Any] = out if layout.lies_as(out, plan) else kernels.empty(plan, like)
-    return planned
-
-
-def deliver(out: Any, y: NDArray[Any], kernels: Kernels) -> NDArray[Any]:
-    """Return ``out``, with the result copied to it where the kernels could not write there."""
-    delivered: NDArray[Any] = out
-    if type(out) is DeviceArray:
-        delivered = out.array
-        if out is not y:
-            cast("DeviceKernels", kernels).assign(out, y)
-    elif out is not y:
-        out[...] = y
-    return delivered

@@ -13,13 +13,12 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from bnfast import channels, registry
+from bnfast import channels, packed, registry
 from bnfast.channels import FLOAT64
 from bnfast.checks import admit, check_both_running, check_channels, check_eps, is_relu, is_same
 from bnfast.deferred import Deferred
 from bnfast.device import DeviceArray
 from bnfast.frozen import FrozenBatchNorm
-from bnfast.functional import backward_packed, normalize_packed, train_packed
 from bnfast.interop.converters import Converters
 from bnfast.spec import Channels
 from bnfast.state import NEUTRAL, State
@@ -40,8 +39,8 @@ class _BatchNorm(State, Converters):
     training: bool
     _watch: Callable[[NDArray[Any]], None] | None = None
     """What is shown every input, while `bnfast.recalibrate` runs."""
-    _train = staticmethod(train_packed)
-    _differentiate = staticmethod(backward_packed)
+    _train = staticmethod(packed.train)
+    _differentiate = staticmethod(packed.backward)
     """What runs the kernels in training: a subclass may pool statistics with other processes."""
 
     def __init__(
@@ -125,7 +124,7 @@ class _BatchNorm(State, Converters):
         if not self.training and running_mean is not None:
             check_eps(self.eps, training=False)
             weight, bias, mean, var = self._packed()
-            return normalize_packed(
+            return packed.normalize(
                 x, mean, var, weight, bias, self.eps, residual, relu, out, self.backend
             )
         check_eps(self.eps, training=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bnfast import layout, registry, threads
 from bnfast.checks import check_like
-from bnfast.functional import Gradients, deliver, forward_arrays
+from bnfast.packed import Gradients, deliver, forward_arrays
 from bnfast.spec import Channels
 
 
@@ -33,7 +33,7 @@ def train(
     out: Any,
     backend: str | None,
 ) -> tuple[NDArray[Any], int]:
-    """Run ``moments`` and ``normalize``, as `functional.train_packed` runs ``train``.
+    """Run ``moments`` and ``normalize``, as `packed.train` runs ``train``.
 
     ``pool(n, mean, m2)`` gets the elements per channel and the moments of this batch, puts those of
     all batches in the place of the latter, and returns their elements per channel.
@@ -41,29 +41,22 @@ def train(
     kernels = registry.choose(backend, x)
     plan = layout.plan(x.shape, x.strides, x.dtype)
     x_form, residual_form, out, y, y_form = forward_arrays(x, residual, out, plan, kernels)
-    num_threads = threads.claim(x.size)
-    try:
-        kernels.moments(x_form, mean=mean, m2=m2, num_threads=num_threads)
-    finally:
-        threads.free[num_threads > 1] = True
+    threads.run(kernels.moments, x.size, x_form, mean=mean, m2=m2)
     count = pool(plan.count, mean, m2)
     var = m2 / (count or 1)
-    num_threads = threads.claim(x.size)
-    try:
-        kernels.normalize(
-            x_form,
-            mean,
-            var,
-            weight,
-            bias,
-            eps,
-            residual_form,
-            y=y_form,
-            relu=relu,
-            num_threads=num_threads,
-        )
-    finally:
-        threads.free[num_threads > 1] = True
+    threads.run(
+        kernels.normalize,
+        x.size,
+        x_form,
+        mean,
+        var,
+        weight,
+        bias,
+        eps,
+        residual_form,
+        y=y_form,
+        relu=relu,
+    )
     return y if out is None else deliver(out, y, kernels), count
 
 
@@ -79,7 +72,7 @@ def backward(
     want_residual: bool,
     backend: str | None,
 ) -> Gradients:
-    """Run ``backward_sums`` and ``backward_input``, as `functional.backward_packed` runs both.
+    """Run ``backward_sums`` and ``backward_input``, as `packed.backward` runs both.
 
     ``count`` is the number of elements per channel of all batches. ``pool(sum_dy, sum_dy_xhat)``
     puts the sums over all batches in the place of those over this one.
@@ -95,39 +88,33 @@ def backward(
     dresidual_form = None if dresidual is None else kernels.view(dresidual, plan)
     dy_form, x_form = kernels.view(dy, plan), kernels.view(x, plan)
     sum_dy, sum_dy_xhat = np.empty(mean.shape), np.empty(mean.shape)
-    num_threads = threads.claim(x.size)
-    try:
-        kernels.backward_sums(
-            dy_form,
-            x_form,
-            y_form,
-            mean,
-            invstd,
-            sum_dy=sum_dy,
-            sum_dy_xhat=sum_dy_xhat,
-            relu=relu,
-            num_threads=num_threads,
-        )
-    finally:
-        threads.free[num_threads > 1] = True
+    threads.run(
+        kernels.backward_sums,
+        x.size,
+        dy_form,
+        x_form,
+        y_form,
+        mean,
+        invstd,
+        sum_dy=sum_dy,
+        sum_dy_xhat=sum_dy_xhat,
+        relu=relu,
+    )
     pool(sum_dy, sum_dy_xhat)
-    num_threads = threads.claim(x.size)
-    try:
-        kernels.backward_input(
-            dy_form,
-            x_form,
-            y_form,
-            mean,
-            invstd,
-            weight,
-            sum_dy,
-            sum_dy_xhat,
-            count or 1,
-            dx=dx_form,
-            dresidual=dresidual_form,
-            relu=relu,
-            num_threads=num_threads,
-        )
-    finally:
-        threads.free[num_threads > 1] = True
+    threads.run(
+        kernels.backward_input,
+        x.size,
+        dy_form,
+        x_form,
+        y_form,
+        mean,
+        invstd,
+        weight,
+        sum_dy,
+        sum_dy_xhat,
+        count or 1,
+        dx=dx_form,
+        dresidual=dresidual_form,
+        relu=relu,
+    )
     return Gradients(dx, sum_dy_xhat, sum_dy, dresidual)

@@ -8,9 +8,10 @@ Count
 Concurrency
     A process-wide try-lock guards the parallel region. A call asks `claim` how many threads to
     use, runs its kernel, and gives the answer back in a ``finally``, by
-    ``free[num_threads > 1] = True``. A caller that does not get the lock runs serially, which
-    computes the same bits. So N Python threads never start N teams, nesting is safe, and a runtime
-    that aborts on concurrent entry (Numba's ``workqueue`` layer) never sees one.
+    ``free[num_threads > 1] = True``; `run` is these steps as a function. A caller that does not get
+    the lock runs serially, which computes the same bits. So N Python threads never start N teams,
+    nesting is safe, and a runtime that aborts on concurrent entry (Numba's ``workqueue`` layer)
+    never sees one.
 Interrupts
     The lock is a key of the dict `free`: to delete it is to take the lock, to set it, to give it
     back. Either is one step of the interpreter. Around a call of a function there are moments when
@@ -36,12 +37,12 @@ import posixpath
 import threading
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
 
 from bnfast import forks, registry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SERIAL_BELOW: Final = 98_304
 """Elements below which a call is serial: waking a team takes longer than what it would save. Two
@@ -186,6 +187,15 @@ def claim(elements: int) -> int:
     except KeyError:
         return 1
     return count
+
+
+def run(kernel: Callable[..., None], elements: int, *arguments: Any, **more: Any) -> None:
+    """Call a kernel on so many elements, with the threads that it can claim."""
+    num_threads = claim(elements)
+    try:
+        kernel(*arguments, **more, num_threads=num_threads)
+    finally:
+        free[num_threads > 1] = True
 
 
 def current() -> ThreadCount:

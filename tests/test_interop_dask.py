@@ -13,6 +13,7 @@ from trained_layers import assert_same_state
 
 import bnfast
 import bnfast.functional as F
+from bnfast import packed
 
 pytest.importorskip("dask", reason="dask is not installed")
 
@@ -97,13 +98,13 @@ def test_nothing_is_computed_but_for_running_statistics(chunked, computed):
 def test_the_threads_of_a_chunk(chunked):
     y = bnfast.BatchNorm2d(6).eval()(chunked)
     threads = []
-    original = bnd.normalize_packed
+    original = packed.normalize
 
     def noted(*arguments):
         threads.append(bnfast.get_num_threads())
         return original(*arguments)
 
-    bnd.normalize_packed = noted
+    packed.normalize = noted
     try:
         with bnfast.use_num_threads(3):
             for scheduler, number in (("sync", 3), ("threads", 1)):
@@ -115,7 +116,7 @@ def test_the_threads_of_a_chunk(chunked):
         bnfast.BatchNorm2d(6).eval()(chunked.rechunk(-1)).compute(scheduler="threads")
         assert threads == [3]
     finally:
-        bnd.normalize_packed = original
+        packed.normalize = original
         bnfast.set_num_threads(None)
 
 

@@ -37,10 +37,9 @@ try:
 except ImportError as error:
     raise ImportError(f'dask is not installed ({error}): pip install "bnfast[dask]"') from error
 
-from bnfast import channels, checks, registry
+from bnfast import channels, checks, packed, registry
 from bnfast.checks import check_both_running, check_eps, check_like, check_running, is_relu
 from bnfast.device import on_device
-from bnfast.functional import normalize_packed
 from bnfast.interop.dask_recalibration import observe, recalibrate, threads_of_a_chunk
 from bnfast.moments import Moments, side_by_side
 from bnfast.recalibration import accurate_moments
@@ -305,4 +304,4 @@ def _normalize_chunk(
     mean, var, weight, bias = map(np.ascontiguousarray, (*vectors, weight, bias))
     x = checks.admit(x, None, backend)
     with threads_of_a_chunk(alone):
-        return normalize_packed(x, mean, var, weight, bias, eps, residual, relu, None, backend)
+        return packed.normalize(x, mean, var, weight, bias, eps, residual, relu, None, backend)

@@ -2,7 +2,7 @@
 
 The way of a node: `bnfast.interop.onnx_nodes` checks it when the model is loaded, and its arrays
 when it is run; here they become an array with channels on axis 1 and vectors of float64, which is
-what the second half of `bnfast.functional` takes.
+what `bnfast.packed` takes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx.reference.op_run import OpRun, RuntimeTypeError
 
-from bnfast import functional, threads
+from bnfast import functional, packed, threads
 from bnfast.checks import admit
 from bnfast.interop.onnx_nodes import Node, Settings, linked
 from bnfast.spec import Channels
@@ -160,7 +160,7 @@ class BatchNormalization(OpRun):
                 if settings.training:
                     y, batch = _train(x, weight, bias, eps, residual, relu)
                 else:
-                    y = functional.normalize_packed(
+                    y = packed.normalize(
                         x, mean, var, weight, bias, eps, residual, relu, None, None
                     )
         except TypeError as error:  # of a backend that does not take this dtype
@@ -211,14 +211,12 @@ def _train(
     """
     mean, m2 = np.empty(weight.shape), np.empty(weight.shape)
     if x.size > weight.size:
-        y, count = functional.train_packed(
-            x, weight, bias, mean, m2, eps, residual, relu, None, None
-        )
+        y, count = packed.train(x, weight, bias, mean, m2, eps, residual, relu, None, None)
         return y, (mean, m2 / count)
     if x.size:
         moments = functional.moments(x)
         mean, var = moments.mean, moments.m2
     else:
         mean, var = np.full(weight.shape, np.nan), np.full(weight.shape, np.nan)
-    y = functional.normalize_packed(x, mean, var, weight, bias, eps, residual, relu, None, None)
+    y = packed.normalize(x, mean, var, weight, bias, eps, residual, relu, None, None)
     return y, (mean, var)
