@@ -110,7 +110,7 @@ def dask(rounds: int) -> Rounds:
                 client.persist(chunk, workers=[hosts[n % len(hosts)]])
                 for n, chunk in enumerate(chunks)
             ]
-            whole = client.persist(da.concatenate(held))
+            whole = client.persist(da.concatenate(held), workers=hosts)
             wait(whole)
             return whole
 

@@ -111,22 +111,22 @@ class FrozenBatchNorm:
         if backend is not None:
             registry.choose(backend)
         num_features = channels.as_array(running_mean, "running_mean").size
-        packed = []
+        vectors = []
         given = (weight, bias, running_mean, running_var)
         for name, vector, neutral in zip(VECTORS, given, NEUTRAL, strict=True):
             own = None
             if vector is not None or name.startswith("running"):
                 own = _constant(vector, num_features, name, dtype)
             object.__setattr__(self, name, own)
-            packed.append(channels.pack(own, neutral, num_features, name))
-        check_variance(packed[3], "running_var")
+            vectors.append(channels.pack(own, neutral, num_features, name))
+        check_variance(vectors[3], "running_var")
         for name, value in {
             "num_features": num_features,
             "eps": eps,
             "ndims": ndims,
             "activation": activation,
             "backend": backend,
-            "_packed": tuple(packed),
+            "_packed": tuple(vectors),
         }.items():
             object.__setattr__(self, name, value)
 

@@ -199,11 +199,11 @@ class _BatchNorm(State, Converters):
         compared, and are never written: calls in other threads may share them.
         """
         numbers = self._table.tobytes()
-        packed = self._last_packed
-        if packed[0] != numbers:
+        last = self._last_packed
+        if last[0] != numbers:
             table = np.frombuffer(numbers, self._table.dtype).reshape(self._table.shape)
-            packed = self._last_packed = (numbers, tuple(table.astype(FLOAT64)))
-        return packed[1]
+            last = self._last_packed = (numbers, tuple(table.astype(FLOAT64)))
+        return last[1]
 
     def _factor(self, count: int | None) -> float:
         """Return the weight in the running statistics of what is the ``count``-th batch."""

@@ -49,7 +49,7 @@ def normalize(
     out: Any,
     backend: str | None,
 ) -> NDArray[Any]:
-    """Normalise with numbers that are known."""
+    """Normalise with a mean and a variance that are given."""
     kernels = registry.choose(backend, x)
     plan = layout.plan(x.shape, x.strides, x.dtype)
     x_form, residual_form, out, y, y_form = forward_arrays(x, residual, out, plan, kernels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -68,9 +69,23 @@ def test_same_bits_for_any_caches_and_threads(rng, assumed, form, dtype):
 
     expected = everything(1 << 30, 1 << 40, 1)
     for num_threads in (1, 2, 3, 8):
-        for core, last in ((1, 1), (4096, 1 << 40), (1 << 16, 1 << 17)):
+        # The last one just holds the arrays of a forward call.
+        for core, last in ((1, 1), (4096, 1 << 40), (1 << 16, 1 << 17), (4096, 3 * x.nbytes)):
             for found, wanted in zip(everything(core, last, num_threads), expected, strict=True):
                 np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_blocks_of_rows_are_merged(rng, name):
+    """Parts of so many rows are several blocks, whose means differ; those of float64 are others."""
+    dtype = ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
+    x = (rng.normal(5, 1, (33000, 256)) + np.linspace(0, 4, 33000)[:, None]).astype(dtype)
+    (mean, m2), (expected, expected_m2) = np.empty((2, 2, 256))
+    cython_openmp.moments(x, mean=mean, m2=m2, num_threads=2)
+    cython_openmp.moments(x.astype(float), mean=expected, m2=expected_m2, num_threads=2)
+    spread = np.sqrt(expected_m2 / 33000)
+    assert (abs(mean - expected) <= M2_RELATIVE_FLOAT32 * spread).all()
+    assert (abs(m2 - expected_m2) <= 2 * M2_RELATIVE_FLOAT32 * expected_m2).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -6,12 +6,14 @@ import copy
 import pickle
 from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import bnfast.functional as F
 from bnfast import Moments
 from bnfast.moments import refined
+from bnfast.recalibration import accurate_moments
 
 
 def exact(rows):
@@ -180,6 +182,41 @@ def _last(part):
 def test_few_channels(channels):
     part = Moments(3, np.ones(channels), np.ones(channels))
     assert part.merge(part) == Moments(6, np.ones(channels), np.full(channels, 2.0))
+
+
+@pytest.mark.skipif(
+    np.finfo(np.longdouble).nmant < 63, reason="long double has no more digits than float64 here"
+)
+@pytest.mark.parametrize("ratio", [0, 1, 1e3, 1e6])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_moments_of_few_elements_are_the_exact_ones(rng, dtype, ratio):
+    x = rng.normal(ratio % 60000, 1, (7, 4, 30)).astype(dtype)
+    found = accurate_moments(x)
+    rows = np.moveaxis(x, 1, 0).reshape(4, -1).astype(float).tolist()
+    for vector, expected in zip((found.mean, found.m2), exact(rows), strict=True):
+        assert (abs(vector - expected) <= np.spacing(abs(expected))).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "value"),
+    [
+        ((5, 3), np.nan),
+        ((5, 3), np.inf),
+        ((5, 3, 2), 1e300),
+        ((5, 3, 2), 1e-200),
+        ((4, 0, 5), 0.0),
+        ((4, 0), 0.0),
+        ((0, 3), 0.0),
+    ],
+)
+def test_moments_of_few_elements_at_the_edges(rng, shape, value):
+    x = rng.uniform(1, 2, shape)
+    x[:1] *= value
+    with np.errstate(all="raise"):
+        found, kernels = accurate_moments(x), F.moments(x)
+    assert found.count == kernels.count
+    np.testing.assert_allclose(found.mean, kernels.mean, rtol=1e-15)
+    np.testing.assert_allclose(found.m2, kernels.m2, rtol=1e-15)
 
 
 def test_a_refined_mean(rng):

@@ -149,7 +149,7 @@ static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, c
 
 /* Rows of n channels, for constant `rows`, `add` and `relu`: the channel vectors are loaded once for
    all of them; in the cache, four rows take three quarters of the time of four times one. Where
-   memory is read and rows lie a page apart it is the other way round: two thirds for one by one. */
+   memory is read and rows lie a page or more apart, one by one is faster, by up to a third. */
 BN_INLINE void FN(affine_rows_as)(const STORE *x, const STORE *residual, STORE *y, bn_index n,
                                       const REAL *head, const REAL *scale, const REAL *shift,
                                       const int rows, const int add, const int relu)
@@ -221,7 +221,7 @@ static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes
         FN(end)(&pending, y + at);
         if (!of.fits) {
             FN(affine_mixed)(x + at, r, y + at, n, head, scale, shift, &of);
-        } else if (of.apart || at + 4 * n > elements) {
+        } else if (of.one_by_one || at + 4 * n > elements) {
             FN(affine_rows)(x + at, r, y + at, n, head, scale, shift, 1, of.relu);
         } else {
             FN(affine_rows)(x + at, r, y + at, n, head, scale, shift, 4, of.relu);

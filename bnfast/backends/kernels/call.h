@@ -37,7 +37,7 @@ static bn_index bn_core_cache = (bn_index)1 << 20, bn_last_cache = (bn_index)32 
 #define BN_FOLD_16BIT_FROM 524288
 #define BN_ROW_PARTS 64
 
-/* Bytes of a row from which on several rows are read one by one, where memory is read. */
+/* Bytes of a row from which on results are made row by row, where memory is read. */
 #define BN_PAGE 4096
 
 /* Channels whose factors are found at once, before the threads start. */
@@ -72,7 +72,7 @@ typedef struct {
     double eps, count;
     int relu;
     int large;                        /* whether the arrays are more than the caches hold */
-    int apart;                        /* channels-last: whether rows are, in memory, pages or more */
+    int one_by_one;                   /* channels-last: whether results are made row by row */
     int stream;                       /* whether results go past the cache */
     bn_moments *moments;              /* of each part of a sum */
     bn_sums *sums;
@@ -179,7 +179,6 @@ static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_inde
         return;
     call->large = (inputs + outputs) * bytes > bn_last_cache;
     const int nearly = (inputs + outputs) * bytes > bn_last_cache / 4 * 3;
-    call->apart = nearly && channels * kernels->itemsize >= BN_PAGE;
     if (!last) {
         call->tiles = bn_cut_runs(outer, inner, BN_TILE);
         call->units = bn_cut_runs(outer * channels, inner, bn_part(outer * channels * inner));
@@ -193,6 +192,7 @@ static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_inde
     call->width = call->fold * channels;
     call->rows = outer / call->fold;
     call->rest = outer % call->fold * channels;
+    call->one_by_one = nearly && channels * kernels->itemsize >= BN_PAGE;
     if (call->large)
         call->ahead = bn_ahead(call, BN_COLUMNS_AHEAD, call->width, call->width);
     call->part_rows = bn_max(bn_max(BN_ROW_PART_ROWS, BN_ROW_PART / call->width),

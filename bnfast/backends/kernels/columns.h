@@ -94,7 +94,7 @@ static inline void FN(block_moments)(const STORE *x, bn_index rows, bn_index wid
     for (bn_index c = 0; c < width; c++)
         first[c] /= (double)sample;
     bn_index row = 0;
-    if (ahead)
+    if (ahead) /* where nothing is asked for, a constant leaves the question out of the loop */
         for (; row + BN_ROWS <= rows; row += BN_ROWS)
             FN(add_rows)(x + row * stride, width, stride, ahead, first, off, square, BN_ROWS);
     for (; row + BN_ROWS <= rows; row += BN_ROWS)

@@ -100,12 +100,12 @@ typedef struct {
 
 /* What an elementwise kernel multiplies with and adds: in REAL for each of `width`
    columns of a wide row (or channels), one vector behind the other, and in double for each channel.
-   While it sends a run past the cache it asks for what lies `ahead`, if that is not 0. Rows that
-   are `apart` are read one by one. */
+   While it sends a run past the cache it asks for what lies `ahead`, if that is not 0. Rows are
+   taken several at a time, or one by one. */
 typedef struct {
     const char *packed;
     bn_index width, channels, ahead;
-    int fits, relu, stream, apart;
+    int fits, relu, stream, one_by_one;
     const double *mean, *scale, *bias;
 } bn_affines;
 

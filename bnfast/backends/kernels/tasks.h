@@ -150,7 +150,7 @@ static inline bn_affines bn_affines_of(const bn_call *call, int fits)
                                 .fits = fits,
                                 .relu = call->relu,
                                 .stream = call->stream,
-                                .apart = call->apart,
+                                .one_by_one = call->one_by_one,
                                 .mean = call->mean,
                                 .scale = call->scale,
                                 .bias = call->bias};
