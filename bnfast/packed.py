@@ -1,7 +1,8 @@
 """Calls on admitted arrays, with channel vectors in float64, for functions and layers.
 
 The second half of a call's way: choose the kernels, plan the layout, check what lies beside the
-array, and run them. Nothing is written before everything is checked.
+array, and run them. Nothing is written before everything is checked. The kernels are run as by
+`threads.run`, but in place: it would add 0.13 us to a call of 3.
 """
 
 from __future__ import annotations
