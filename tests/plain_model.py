@@ -45,6 +45,7 @@ class Model:
         batch = self.training or self.running_mean is None
         if batch:
             mean = by_channel(wide) / count
+            mean += by_channel(wide - along(mean, x)) / count  # exact where all are equal
             var = by_channel(np.square(wide - along(mean, x))) / count
         else:
             mean, var = self.running_mean, self.running_var

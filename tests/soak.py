@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numba_layers import environment_of
 
 import bnfast
 import bnfast.functional as F
@@ -155,10 +156,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--layer", choices=("omp", "tbb", "workqueue"), help="of Numba")
     arguments = parser.parse_args()
-    if arguments.layer:
-        os.environ["NUMBA_THREADING_LAYER"] = arguments.layer
+    wanted = MALLOC | (environment_of(arguments.layer) if arguments.layer else {})
     if not MALLOC.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
     sys.setswitchinterval(1e-4)
     backends = [
         name for name in ("cython", "numba", "numpy") if bnfast.list_backends()[name].available
