@@ -6,7 +6,9 @@
 A round times each operation in one process, on the whole batch, and in two, on halves. The figure
 is the quotient of the two: 0.5 is what two machines could do. Beside it stands what bounds it, with
 no batch norm in it: with MPI the same for a copy of the batch, with dask the time for the graph
-alone. The medians over the rounds count, and the rounds are printed as well.
+alone. With MPI the one process is a rank like the others, and then a `BatchNorm2d`, which reads the
+batch once where a rank, whose statistics come from outside, reads it twice. The medians over the
+rounds count, and the rounds are printed as well.
 
 Needs mpi4py and an MPI, or dask and distributed.
 """
@@ -52,6 +54,7 @@ def mpi(rounds: int) -> Rounds | None:
     half = [array[: SHAPE[0] // 2] for array in batch]
     copy = np.zeros_like(batch[0])
     alone, together = BatchNorm2d(64), SyncBatchNorm2d(64)
+    one_rank = SyncBatchNorm2d(64, comm=comm.Split(comm.rank))
 
     def meet() -> None:
         """Wait for the other rank without keeping its core busy."""
@@ -72,8 +75,13 @@ def mpi(rounds: int) -> Rounds | None:
             lambda: np.copyto(copy, batch[0]),
             lambda: np.copyto(copy[: len(half[0])], half[0]),
         ),
-        "forward": (lambda: alone(batch[0]), lambda: together(half[0])),
-        "backward": (lambda: alone.backward(batch[1]), lambda: together.backward(half[1])),
+        "forward": (lambda: one_rank(batch[0]), lambda: together(half[0])),
+        "backward": (lambda: one_rank.backward(batch[1]), lambda: together.backward(half[1])),
+        "forward, BatchNorm2d": (lambda: alone(batch[0]), lambda: together(half[0])),
+        "backward, BatchNorm2d": (
+            lambda: alone.backward(batch[1]),
+            lambda: together.backward(half[1]),
+        ),
     }
     times: Rounds = {name: [] for name in operations}
     for _ in range(rounds + 1):
@@ -142,7 +150,7 @@ def main() -> None:
         one, two = (median(column) * 1e3 for column in zip(*row, strict=True))
         ratios = [second / first for first, second in row]
         print(
-            f"{name:8} one {one:6.1f} ms, two {two:6.1f} ms: {median(ratios):.2f}  rounds:",
+            f"{name:22} one {one:6.1f} ms, two {two:6.1f} ms: {median(ratios):.2f}  rounds:",
             *(f"{ratio:.2f}" for ratio in ratios),
         )
 
