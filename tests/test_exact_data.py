@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 from backends_here import over_backends
 from exact_data import LAYOUTS, Checker, draw, sample
@@ -16,6 +17,7 @@ from numba import config
 from published_shapes import BATCHES, EDGES, LARGE_EDGES, networks
 
 import bnfast
+import bnfast.functional as F
 from bnfast import registry
 from bnfast.testing.cases import ALL_DTYPES
 
@@ -75,6 +77,16 @@ def _shares(count, parts):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_published_shapes(run, amount, shape, backend):
     run(shape, backend, amount)
+
+
+@over_backends
+def test_means_of_few_rows(rng, backend):
+    """Rows of few channels are laid side by side: of 224, 14 to a column, whose means differ."""
+    for _ in range(300):
+        data = draw(rng, (32, 27, 7), np.float16)
+        x = np.ascontiguousarray(np.moveaxis(data.inputs.x, 1, -1))
+        found = F.moments(np.moveaxis(x, -1, 1), backend=backend)
+        np.testing.assert_array_equal(found.mean, data.inputs.mean)
 
 
 @pytest.mark.slow

@@ -217,6 +217,37 @@ def measure_share(x, rows, width, ahead, state, thread, threads):
         measure_part(x, rows, width, ahead, unit // tiles, unit % tiles, state)
 
 
+@inline
+def merge_channel(x, rows, width, channels, elements, state, channel):
+    """Return mean and m2 of a channel, from its columns and the elements that are left over.
+
+    First the mean, from differences to one of those that are merged, then the squares about it. To
+    merge one column after the other would round as often as there are columns.
+    """
+    if elements == 0:
+        return 0.0, 0.0
+    columns, rest = width if rows else 0, rows * width + channel
+    center = state[0, 0, channel] if rows else cast(get(x, rest), 0.0)
+    count = float(elements // channels)
+    moved = 0.0
+    for c in range(channel, columns, channels):
+        moved += rows * ((state[0, 0, c] - center) + state[0, 1, c])
+    for i in range(rest, elements, channels):
+        moved += cast(get(x, i), 0.0) - center
+    center, low = accumulate(center, 0.0, moved / count)
+    moved, spread, spread_low = 0.0, 0.0, 0.0
+    for c in range(channel, columns, channels):
+        d = (state[0, 0, c] - center) + (state[0, 1, c] - low)
+        moved += rows * d
+        own = settle(state[0, 2, c], state[0, 3, c])
+        spread, spread_low = accumulate(spread, spread_low, own + rows * d * d)
+    for i in range(rest, elements, channels):
+        d = (cast(get(x, i), 0.0) - center) - low
+        moved += d
+        spread, spread_low = accumulate(spread, spread_low, d * d)
+    return center + (low + moved / count), settle(spread, spread_low)
+
+
 @step
 def merge_columns(x, rows, width, channels, elements, state, begin, end, mean, m2):
     """Find mean and m2 of channels, from the parts, their columns, and the rest of the elements."""
@@ -239,28 +270,9 @@ def merge_columns(x, rows, width, channels, elements, state, begin, end, mean, m
     if width == channels:
         return
     for channel in range(begin, end):
-        count, center, low, spread, spread_low = 0.0, 0.0, 0.0, 0.0, 0.0
-        for c in range(channel, width if rows else 0, channels):
-            own_m2 = settle(state[0, 2, c], state[0, 3, c])
-            if c == channel:
-                center, low, spread = state[0, 0, c], state[0, 1, c], own_m2
-            else:
-                center, low, spread, spread_low = merge(
-                    count, center, low, spread, spread_low,
-                    float(rows), state[0, 0, c], state[0, 1, c], own_m2,
-                )  # fmt: skip
-            count += rows
-        for i in range(rows * width + channel, elements, channels):
-            value = cast(get(x, i), 0.0)
-            if count == 0.0:
-                center, spread = value, value - value  # m2 of NaN or inf alone is NaN, too
-            else:
-                center, low, spread, spread_low = merge(
-                    count, center, low, spread, spread_low, 1.0, value, 0.0, 0.0
-                )
-            count += 1.0
-        put(mean, channel, center + low)
-        put(m2, channel, settle(spread, spread_low))
+        center, spread = merge_channel(x, rows, width, channels, elements, state, channel)
+        put(mean, channel, center)
+        put(m2, channel, spread)
 
 
 @inline
