@@ -39,12 +39,13 @@ static inline bn_affine FN(affine_of)(const bn_affines *of, bn_index column)
 static inline double FN(tail)(double mean) { return BN_IS_DOUBLE ? 0 : mean - (REAL)mean; }
 
 /* scale = weight / sqrt(var / count + eps) of n channels; and what a kernel needs of each in REAL:
-   all heads, all scales, all shifts of `width` channels. Return whether every channel fits. */
+   heads, scales `pitch` elements behind them, and shifts as far behind these. Return whether every
+   channel fits. */
 static int FN(find_affine)(const double *mean, const double *var, double count,
                            const double *weight, const double *bias, double eps, bn_index n,
-                           bn_index width, double *scale, char *packed)
+                           bn_index pitch, double *scale, char *packed)
 {
-    REAL *head = (REAL *)packed, *scales = head + width, *shift = scales + width;
+    REAL *head = (REAL *)packed, *scales = head + pitch, *shift = scales + pitch;
     int fits = 1;
     BN_SIMD for (bn_index c = 0; c < n; c++)
         scale[c] = weight[c] / sqrt(var[c] / count + eps);
@@ -77,20 +78,14 @@ BN_INLINE FN(stored) FN(affine_each)(const STORE *x, const STORE *residual, FN(v
    computed first and stored last, since y may be x or residual. */
 BN_INLINE void FN(affine_run_as)(const STORE *x, const STORE *residual, STORE *y, bn_index n,
                                      const REAL *heads, const REAL *scales, const REAL *shifts,
-                                     bn_index ahead, FN(pending) *pending, const int step,
-                                     const int add, const int relu)
+                                     const int step, const int add, const int relu)
 {
     const FN(vector) head = FN(all)(*heads), scale = FN(all)(*scales), shift = FN(all)(*shifts);
 #define BN_MAKE(i)                                                                                 \
     FN(affine_each)(x + (i), add ? residual + (i) : NULL, step ? FN(factors)(heads + (i)) : head,      \
                     step ? FN(factors)(scales + (i)) : scale, step ? FN(factors)(shifts + (i)) : shift,    \
                     add, relu)
-#define BN_ASK(i)                                                                                  \
-    if (ahead)                                                                                     \
-    BN_PREFETCH(x + (i) + ahead)
-    if (pending) {
-        BN_SEND(pending, y, n, BN_MAKE, BN_ASK);
-    } else if (n < FN(SIZE)) {
+    if (n < FN(SIZE)) {
         for (bn_index i = 0; i < n; i++)
             y[i] = FN(affine_one)(x + i, add ? residual + i : NULL, heads[step * i],
                                   scales[step * i], shifts[step * i], relu);
@@ -101,23 +96,76 @@ BN_INLINE void FN(affine_run_as)(const STORE *x, const STORE *residual, STORE *y
             FN(put)(y + i, BN_MAKE(i));
         FN(put)(y + last, end);
     }
-#undef BN_ASK
 #undef BN_MAKE
 }
 
-/* The same; past the cache, for a line or more, where something is or may be pending. */
 static inline void FN(affine_run)(const STORE *x, const STORE *residual, STORE *y, bn_index n,
                                   const REAL *head, const REAL *scale, const REAL *shift,
-                                  bn_index ahead, FN(pending) *pending, const int step, int relu)
+                                  const int step, int relu)
 {
     if (residual && relu)
-        FN(affine_run_as)(x, residual, y, n, head, scale, shift, ahead, pending, step, 1, 1);
+        FN(affine_run_as)(x, residual, y, n, head, scale, shift, step, 1, 1);
     else if (residual)
-        FN(affine_run_as)(x, residual, y, n, head, scale, shift, ahead, pending, step, 1, 0);
+        FN(affine_run_as)(x, residual, y, n, head, scale, shift, step, 1, 0);
     else if (relu)
-        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, ahead, pending, step, 0, 1);
+        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, step, 0, 1);
     else
-        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, ahead, pending, step, 0, 0);
+        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, step, 0, 0);
+}
+
+/* Runs of a line or more, of channels that all fit, past the cache: see stream.h. */
+BN_INLINE void FN(affine_lines_as)(const STORE *x, const STORE *residual, STORE *y,
+                                       bn_index elements, bn_index length, const bn_affines *of,
+                                       bn_index c, const int add, const int relu)
+{
+    const REAL *head = (const REAL *)of->packed, *scale = head + of->pitch;
+    const REAL *shift = scale + of->pitch;
+    const bn_index width = of->width, ahead = of->ahead;
+    bn_index at = FN(to_line)(y, elements);
+#define BN_SEND(k, head, scale, shift)                                                             \
+    FN(send)(y + at + (k), FN(affine_each)(x + at + (k), add ? residual + at + (k) : NULL, head,   \
+                                           scale, shift, add, relu))
+    if (at)
+        FN(affine_run_as)(x, residual, y, at, head + c, scale + c, shift + c, 0, add, relu);
+    for (bn_index end = length, next; at < elements; c = next, end += length) {
+        const FN(vector) h = FN(all)(head[c]), s = FN(all)(scale[c]), t = FN(all)(shift[c]);
+        next = c + 1 == width ? 0 : c + 1;
+        for (; at + FN(LINE) <= end; at += FN(LINE)) {
+            if (ahead)
+                BN_PREFETCH(x + at + ahead);
+            for (bn_index k = 0; k < FN(LINE); k += FN(SIZE))
+                BN_SEND(k, h, s, t);
+        }
+        if (at < end && at + FN(LINE) <= elements) {
+            const FN(vector) h2 = FN(all)(head[next]), s2 = FN(all)(scale[next]);
+            const FN(vector) t2 = FN(all)(shift[next]);
+            for (bn_index k = 0; k < FN(LINE); k += FN(SIZE)) {
+                const FN(mask) after = FN(after)(end - at - k);
+                BN_SEND(k, FN(either)(after, h, h2), FN(either)(after, s, s2),
+                        FN(either)(after, t, t2));
+            }
+            at += FN(LINE);
+        } else if (at < end) {
+            FN(affine_run_as)(x + at, add ? residual + at : NULL, y + at, end - at, head + c,
+                              scale + c, shift + c, 0, add, relu);
+            at = end;
+        }
+    }
+#undef BN_SEND
+}
+
+static inline void FN(affine_lines)(const STORE *x, const STORE *residual, STORE *y,
+                                    bn_index elements, bn_index length, const bn_affines *of,
+                                    bn_index c)
+{
+    if (residual && of->relu)
+        FN(affine_lines_as)(x, residual, y, elements, length, of, c, 1, 1);
+    else if (residual)
+        FN(affine_lines_as)(x, residual, y, elements, length, of, c, 1, 0);
+    else if (of->relu)
+        FN(affine_lines_as)(x, NULL, y, elements, length, of, c, 0, 1);
+    else
+        FN(affine_lines_as)(x, NULL, y, elements, length, of, c, 0, 0);
 }
 
 /* Adjacent runs of `length` elements, the first of them of channel c, round and round. */
@@ -125,26 +173,24 @@ static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, c
                               bn_index elements, bn_index length, bn_affines of, bn_index c)
 {
     const STORE *x = (const STORE *)x_bytes, *residual = (const STORE *)residual_bytes;
-    const REAL *head = (const REAL *)of.packed, *scale = head + of.width;
-    const REAL *shift = scale + of.width;
+    const REAL *head = (const REAL *)of.packed, *scale = head + of.pitch;
+    const REAL *shift = scale + of.pitch;
     STORE *y = (STORE *)y_bytes;
-    FN(pending) pending;
-    FN(pending) *const stream = of.stream && length >= FN(LINE) ? &pending : NULL;
-    FN(begin)(&pending);
+    if (of.stream && of.fits && length >= FN(LINE)) {
+        FN(affine_lines)(x, residual, y, elements, length, &of, c);
+        return;
+    }
     for (bn_index at = 0; at < elements; at += length) {
         const STORE *r = residual ? residual + at : NULL;
         if (of.fits || FN(affine_fits)(FN(affine_of)(&of, c))) {
-            FN(affine_run)(x + at, r, y + at, length, head + c, scale + c, shift + c, of.ahead,
-                           stream, 0, of.relu);
+            FN(affine_run)(x + at, r, y + at, length, head + c, scale + c, shift + c, 0, of.relu);
         } else {
-            FN(end)(&pending, y + at);
             for (bn_index i = at; i < at + length; i++)
                 y[i] = FN(affine_wide)(x + i, residual ? residual + i : NULL, FN(affine_of)(&of, c),
                                        of.relu);
         }
         c = c + 1 == of.width ? 0 : c + 1;
     }
-    FN(end)(&pending, y + elements);
 }
 
 /* Rows of n channels, for constant `rows`, `add` and `relu`: the channel vectors are loaded once for
@@ -193,10 +239,35 @@ static inline void FN(affine_mixed)(const STORE *x, const STORE *residual, STORE
         const STORE *r = residual ? residual + c : NULL;
         const bn_affine affine = FN(affine_of)(of, c);
         if (FN(affine_fits)(affine))
-            FN(affine_run)(x + c, r, y + c, 1, head + c, scale + c, shift + c, 0, NULL, 0,
-                           of->relu);
+            FN(affine_run)(x + c, r, y + c, 1, head + c, scale + c, shift + c, 0, of->relu);
         else
             y[c] = FN(affine_wide)(x + c, r, affine, of->relu);
+    }
+}
+
+/* Rows of channels that all fit, past the cache. The first factors are packed again behind the last
+   ones, so that those of a line are adjacent wherever it begins. */
+BN_INLINE void FN(affine_wide_lines)(const STORE *x, const STORE *residual, STORE *y,
+                                         bn_index elements, const bn_affines *of, const int add,
+                                         const int relu)
+{
+    const REAL *head = (const REAL *)of->packed, *scale = head + of->pitch;
+    const REAL *shift = scale + of->pitch;
+    const bn_index width = of->width;
+    bn_index at = FN(to_line)(y, elements), c = at;
+    if (at)
+        FN(affine_run_as)(x, residual, y, at, head, scale, shift, 1, add, relu);
+    for (; at + FN(LINE) <= elements; c -= width)
+        for (; c < width && at + FN(LINE) <= elements; c += FN(LINE), at += FN(LINE))
+            for (bn_index k = 0; k < FN(LINE); k += FN(SIZE))
+                FN(send)(y + at + k,
+                         FN(affine_each)(x + at + k, add ? residual + at + k : NULL,
+                                         FN(factors)(head + c + k), FN(factors)(scale + c + k),
+                                         FN(factors)(shift + c + k), add, relu));
+    if (at < elements) {
+        c = at % width;
+        FN(affine_run_as)(x + at, add ? residual + at : NULL, y + at, elements - at, head + c,
+                          scale + c, shift + c, 1, add, relu);
     }
 }
 
@@ -205,20 +276,23 @@ static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes
                                  bn_index elements, bn_affines of)
 {
     const STORE *x = (const STORE *)x_bytes, *residual = (const STORE *)residual_bytes;
-    const REAL *head = (const REAL *)of.packed, *scale = head + of.width;
-    const REAL *shift = scale + of.width;
+    const REAL *head = (const REAL *)of.packed, *scale = head + of.pitch;
+    const REAL *shift = scale + of.pitch;
     STORE *y = (STORE *)y_bytes;
-    FN(pending) pending;
-    FN(pending) *const stream = of.stream && of.width >= FN(LINE) ? &pending : NULL;
-    FN(begin)(&pending);
+    if (of.stream && of.fits && of.width >= FN(LINE)) {
+        if (residual && of.relu)
+            FN(affine_wide_lines)(x, residual, y, elements, &of, 1, 1);
+        else if (residual)
+            FN(affine_wide_lines)(x, residual, y, elements, &of, 1, 0);
+        else if (of.relu)
+            FN(affine_wide_lines)(x, NULL, y, elements, &of, 0, 1);
+        else
+            FN(affine_wide_lines)(x, NULL, y, elements, &of, 0, 0);
+        return;
+    }
     for (bn_index at = 0, n; at < elements; at += n) {
         const STORE *r = residual ? residual + at : NULL;
         n = bn_min(of.width, elements - at);
-        if (of.fits && stream && n == of.width) {
-            FN(affine_run)(x + at, r, y + at, n, head, scale, shift, 0, stream, 1, of.relu);
-            continue;
-        }
-        FN(end)(&pending, y + at);
         if (!of.fits) {
             FN(affine_mixed)(x + at, r, y + at, n, head, scale, shift, &of);
         } else if (of.one_by_one || at + 4 * n > elements) {
@@ -228,5 +302,4 @@ static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes
             n *= 4;
         }
     }
-    FN(end)(&pending, y + elements);
 }

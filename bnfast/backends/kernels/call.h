@@ -203,6 +203,12 @@ static inline void bn_describe(bn_call *call, const bn_kernels *kernels, bn_inde
     call->spans = bn_ceil(call->rows * call->width + call->rest, call->span_rows * call->width);
 }
 
+/* Elements from one packed vector to the next: as many as a row has, and a line of results. */
+static inline bn_index bn_pitch(const bn_call *call)
+{
+    return call->width + 64 / call->kernels->itemsize;
+}
+
 /* Allocate what the call needs beside its arrays, in one piece; NULL if there is no memory. */
 static inline void *bn_allocate(bn_call *call, int needs)
 {
@@ -213,7 +219,7 @@ static inline void *bn_allocate(bn_call *call, int needs)
     const size_t sums = needs & BN_SUMS ? entries * sizeof(bn_sums) : 0;
     const size_t means = needs & BN_SUMS && call->rows ? width * sizeof(double) : 0;
     const size_t scale = needs & BN_FACTORS ? 3 * (size_t)call->channels * sizeof(double) : 0;
-    const size_t packed = needs & BN_FACTORS ? 4 * width * sizeof(double) : 0;
+    const size_t packed = needs & BN_FACTORS ? 4 * (size_t)bn_pitch(call) * sizeof(double) : 0;
     char *const block =
         (char *)malloc(packed + moments + sums + means + scale + width / BN_GROUP + 1 + 64);
     if (!block)

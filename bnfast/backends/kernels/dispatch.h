@@ -44,6 +44,9 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
    fewer than 128 in the last piece of a run. */
 #define BN_CHAIN 1024
 
+/* Elements of dresidual, at least, that are written before the dx of the same. */
+#define BN_STRETCH 1024
+
 /* Channels whose sums are taken side by side. */
 #define BN_GROUP 64
 
@@ -98,20 +101,21 @@ typedef struct {
     bn_index runs, length, stride, channels, apart;
 } bn_tile;
 
-/* What an elementwise kernel multiplies with and adds: in REAL for each of `width`
-   columns of a wide row (or channels), one vector behind the other, and in double for each channel.
-   While it sends a run past the cache it asks for what lies `ahead`, if that is not 0. Rows are
-   taken several at a time, or one by one. */
+/* What an elementwise kernel multiplies with and adds: in REAL for each of `width` columns of a wide
+   row (or channels), each vector `pitch` elements behind the one before, with its first elements
+   once more at its end; and in double for each channel. While a kernel sends a run past the cache
+   it asks for what lies `ahead`, if that is not 0. Rows are taken several at a time, or one by
+   one. */
 typedef struct {
     const char *packed;
-    bn_index width, channels, ahead;
+    bn_index width, pitch, channels, ahead;
     int fits, relu, stream, one_by_one;
     const double *mean, *scale, *bias;
 } bn_affines;
 
 typedef struct {
     const char *packed;
-    bn_index width, channels, ahead;
+    bn_index width, pitch, channels, ahead;
     int fits, stream;
     const double *mean, *g_scale, *x_scale, *shift;
 } bn_gradients;
@@ -136,10 +140,10 @@ typedef struct {
     void (*column_gradient)(const char *dy, const char *x, const char *y, char *dx,
                             char *dresidual, bn_index elements, bn_gradients of);
     int (*find_affine)(const double *mean, const double *var, double count, const double *weight,
-                       const double *bias, double eps, bn_index n, bn_index width, double *scale,
+                       const double *bias, double eps, bn_index n, bn_index pitch, double *scale,
                        char *packed);
     int (*pack_gradient)(const double *mean, const double *g_scale, const double *x_scale,
-                         const double *shift, bn_index n, bn_index width, char *packed);
+                         const double *shift, bn_index n, bn_index pitch, char *packed);
 } bn_kernels;
 
 /* Whether float32 holds a factor or an offset without leaving its comfortable range. Outside it

@@ -40,12 +40,12 @@ static inline bn_gradient FN(gradient_of)(const bn_gradients *of, bn_index colum
     return gradient;
 }
 
-/* As find_affine: all heads, g_scales, x_scales, shifts in REAL. */
+/* As find_affine: heads, g_scales, x_scales, shifts in REAL. */
 static int FN(pack_gradient)(const double *mean, const double *g_scale, const double *x_scale,
-                             const double *shift, bn_index n, bn_index width, char *packed)
+                             const double *shift, bn_index n, bn_index pitch, char *packed)
 {
-    REAL *head = (REAL *)packed, *g_scales = head + width, *x_scales = g_scales + width;
-    REAL *shifts = x_scales + width;
+    REAL *head = (REAL *)packed, *g_scales = head + pitch, *x_scales = g_scales + pitch;
+    REAL *shifts = x_scales + pitch;
     int fits = 1;
     BN_SIMD for (bn_index c = 0; c < n; c++) {
         const double tail = FN(tail)(mean[c]), moved = shift[c] - tail * x_scale[c];
@@ -74,8 +74,7 @@ BN_INLINE FN(stored) FN(gradient_each)(const STORE *dy, const STORE *x, const ST
 /* As affine_run_as: dx may be dy. */
 BN_INLINE void FN(gradient_run)(const STORE *dy, const STORE *x, const STORE *y, STORE *dx,
                                     bn_index n, const REAL *heads, const REAL *g_scales,
-                                    const REAL *x_scales, const REAL *shifts,
-                                    bn_index ahead, FN(pending) *pending, const int step)
+                                    const REAL *x_scales, const REAL *shifts, const int step)
 {
     const FN(vector) head = FN(all)(*heads), g_scale = FN(all)(*g_scales);
     const FN(vector) x_scale = FN(all)(*x_scales), shift = FN(all)(*shifts);
@@ -88,14 +87,7 @@ BN_INLINE void FN(gradient_run)(const STORE *dy, const STORE *x, const STORE *y,
                       step ? FN(factors)(x_scales + (i)) : x_scale,                                    \
                       step ? FN(factors)(shifts + (i)) : shift,                                        \
                       step ? FN(factors)(x_scales + (i)) != 0 : uses)
-#define BN_ASK(i)                                                                                  \
-    if (ahead) {                                                                                   \
-        BN_PREFETCH(dy + (i) + ahead);                                                             \
-        BN_PREFETCH(x + (i) + ahead);                                                              \
-    }
-    if (pending) {
-        BN_SEND(pending, dx, n, BN_MAKE, BN_ASK);
-    } else if (n < FN(SIZE)) {
+    if (n < FN(SIZE)) {
         for (bn_index i = 0; i < n; i++)
             dx[i] = FN(gradient)(FN(masked)(dy, y, i), x[i], heads[step * i], g_scales[step * i],
                                  x_scales[step * i], shifts[step * i]);
@@ -106,8 +98,52 @@ BN_INLINE void FN(gradient_run)(const STORE *dy, const STORE *x, const STORE *y,
             FN(put)(dx + i, BN_MAKE(i));
         FN(put)(dx + last, end);
     }
-#undef BN_ASK
 #undef BN_MAKE
+}
+
+/* Runs of a line or more, of channels that all fit, past the cache. */
+BN_INLINE void FN(gradient_lines)(const STORE *dy, const STORE *x, const STORE *y, STORE *dx,
+                                      bn_index elements, bn_index length, const bn_gradients *of,
+                                      bn_index c)
+{
+    const REAL *head = (const REAL *)of->packed, *g_scale = head + of->pitch;
+    const REAL *x_scale = g_scale + of->pitch, *shift = x_scale + of->pitch;
+    const bn_index width = of->width, ahead = of->ahead;
+    bn_index at = FN(to_line)(dx, elements);
+#define BN_SEND(k, x, head, g_scale, x_scale, shift)                                               \
+    FN(send)(dx + at + (k), FN(gradient_each)(dy, x, y, at + (k), head, g_scale, x_scale, shift,   \
+                                              (x_scale) != 0))
+    if (at)
+        FN(gradient_run)(dy, x, y, dx, at, head + c, g_scale + c, x_scale + c, shift + c, 0);
+    for (bn_index end = length, next; at < elements; c = next, end += length) {
+        const STORE *const from = x_scale[c] == 0 ? dy : x; /* which is read anyway */
+        const FN(vector) h = FN(all)(head[c]), g = FN(all)(g_scale[c]);
+        const FN(vector) s = FN(all)(x_scale[c]), t = FN(all)(shift[c]);
+        next = c + 1 == width ? 0 : c + 1;
+        for (; at + FN(LINE) <= end; at += FN(LINE)) {
+            if (ahead) {
+                BN_PREFETCH(dy + at + ahead);
+                BN_PREFETCH(from + at + ahead);
+            }
+            for (bn_index k = 0; k < FN(LINE); k += FN(SIZE))
+                BN_SEND(k, from, h, g, s, t);
+        }
+        if (at < end && at + FN(LINE) <= elements) {
+            const FN(vector) h2 = FN(all)(head[next]), g2 = FN(all)(g_scale[next]);
+            const FN(vector) s2 = FN(all)(x_scale[next]), t2 = FN(all)(shift[next]);
+            for (bn_index k = 0; k < FN(LINE); k += FN(SIZE)) {
+                const FN(mask) after = FN(after)(end - at - k);
+                BN_SEND(k, x, FN(either)(after, h, h2), FN(either)(after, g, g2),
+                        FN(either)(after, s, s2), FN(either)(after, t, t2));
+            }
+            at += FN(LINE);
+        } else if (at < end) {
+            FN(gradient_run)(dy + at, x + at, y ? y + at : NULL, dx + at, end - at, head + c,
+                             g_scale + c, x_scale + c, shift + c, 0);
+            at = end;
+        }
+    }
+#undef BN_SEND
 }
 
 /* As affine_rows_as. */
@@ -148,16 +184,20 @@ static inline void FN(gradient_mixed)(const STORE *dy, const STORE *x, const STO
 static inline void FN(pass_on)(const STORE *dy, const STORE *y, STORE *dresidual, bn_index n,
                                int stream)
 {
-    FN(pending) pending;
-    FN(begin)(&pending);
-#define BN_MAKE(i) FN(round)(FN(masked_each)(dy, y, i))
-    if (stream && n >= FN(LINE))
-        BN_SEND(&pending, dresidual, n, BN_MAKE, (void));
-    else
-        for (bn_index i = 0; i < n; i++)
-            dresidual[i] = FN(masked)(dy, y, i);
-#undef BN_MAKE
-    FN(end)(&pending, dresidual + n);
+    const bn_index begin = stream ? FN(to_line)(dresidual, n) : n;
+    const bn_index end = begin + (n - begin) / FN(LINE) * FN(LINE);
+    for (bn_index i = 0; i < begin; i++)
+        dresidual[i] = FN(masked)(dy, y, i);
+    for (bn_index i = begin; i < end; i += FN(SIZE))
+        FN(send)(dresidual + i, FN(round)(FN(masked_each)(dy, y, i)));
+    for (bn_index i = end; i < n; i++)
+        dresidual[i] = FN(masked)(dy, y, i);
+}
+
+/* Elements that are passed on before their dx is made from the same lines: whole runs. */
+static inline bn_index FN(stretch)(bn_index length, const STORE *dresidual, bn_index elements)
+{
+    return dresidual ? bn_min(bn_ceil(BN_STRETCH, length) * length, elements) : elements;
 }
 
 /* Adjacent runs of `length` elements, the first of them of channel c, round and round. */
@@ -165,26 +205,26 @@ BN_INLINE void FN(row_gradient_as)(const STORE *dy, const STORE *x, const STORE 
                                        STORE *dresidual, bn_index elements, bn_index length,
                                        bn_gradients of, bn_index c)
 {
-    const REAL *head = (const REAL *)of.packed, *g_scale = head + of.width;
-    const REAL *x_scale = g_scale + of.width, *shift = x_scale + of.width;
-    FN(pending) pending;
-    FN(pending) *const stream = of.stream && length >= FN(LINE) ? &pending : NULL;
-    FN(begin)(&pending);
-    for (bn_index at = 0; at < elements; at += length) {
+    const REAL *head = (const REAL *)of.packed, *g_scale = head + of.pitch;
+    const REAL *x_scale = g_scale + of.pitch, *shift = x_scale + of.pitch;
+    const int lines = of.stream && of.fits && length >= FN(LINE);
+    const bn_index step = lines ? FN(stretch)(length, dresidual, elements) : length;
+    for (bn_index at = 0, n; at < elements; at += n) {
         const STORE *mask = y ? y + at : NULL;
+        n = bn_min(step, elements - at);
         if (dresidual)
-            FN(pass_on)(dy + at, mask, dresidual + at, length, of.stream);
-        if (of.fits || FN(gradient_fits)(FN(gradient_of)(&of, c))) {
-            FN(gradient_run)(dy + at, x + at, mask, dx + at, length, head + c, g_scale + c,
-                             x_scale + c, shift + c, of.ahead, stream, 0);
-        } else {
-            FN(end)(&pending, dx + at);
-            for (bn_index i = at; i < at + length; i++)
+            FN(pass_on)(dy + at, mask, dresidual + at, n, of.stream);
+        if (lines)
+            FN(gradient_lines)(dy + at, x + at, mask, dx + at, n, length, &of, c);
+        else if (of.fits || FN(gradient_fits)(FN(gradient_of)(&of, c)))
+            FN(gradient_run)(dy + at, x + at, mask, dx + at, n, head + c, g_scale + c, x_scale + c,
+                             shift + c, 0);
+        else
+            for (bn_index i = at; i < at + n; i++)
                 dx[i] = FN(gradient_wide)(FN(masked)(dy, y, i), x[i], FN(gradient_of)(&of, c));
-        }
-        c = c + 1 == of.width ? 0 : c + 1;
+        c += lines ? n / length : 1;
+        c = c < of.width ? c : c % of.width;
     }
-    FN(end)(&pending, dx + elements);
 }
 
 static void FN(row_gradient)(const char *dy, const char *x, const char *y, char *dx,
@@ -199,29 +239,50 @@ static void FN(row_gradient)(const char *dy, const char *x, const char *y, char 
                             elements, length, of, c);
 }
 
+/* Rows of channels that all fit, past the cache: as affine_wide_lines. */
+BN_INLINE void FN(gradient_wide_lines)(const STORE *dy, const STORE *x, const STORE *y, STORE *dx,
+                                           bn_index elements, const bn_gradients *of)
+{
+    const REAL *head = (const REAL *)of->packed, *g_scale = head + of->pitch;
+    const REAL *x_scale = g_scale + of->pitch, *shift = x_scale + of->pitch;
+    const bn_index width = of->width;
+    bn_index at = FN(to_line)(dx, elements), c = at;
+    if (at)
+        FN(gradient_run)(dy, x, y, dx, at, head, g_scale, x_scale, shift, 1);
+    for (; at + FN(LINE) <= elements; c -= width)
+        for (; c < width && at + FN(LINE) <= elements; c += FN(LINE), at += FN(LINE))
+            for (bn_index k = 0; k < FN(LINE); k += FN(SIZE)) {
+                const FN(vector) factor = FN(factors)(x_scale + c + k);
+                FN(send)(dx + at + k,
+                         FN(gradient_each)(dy, x, y, at + k, FN(factors)(head + c + k),
+                                           FN(factors)(g_scale + c + k), factor,
+                                           FN(factors)(shift + c + k), factor != 0));
+            }
+    if (at < elements) {
+        c = at % width;
+        FN(gradient_run)(dy + at, x + at, y ? y + at : NULL, dx + at, elements - at, head + c,
+                         g_scale + c, x_scale + c, shift + c, 1);
+    }
+}
+
 /* Adjacent elements from the first column on; they may end within a row. */
 BN_INLINE void FN(column_gradient_as)(const STORE *dy, const STORE *x, const STORE *y, STORE *dx,
                                           STORE *dresidual, bn_index elements, bn_gradients of)
 {
-    const REAL *head = (const REAL *)of.packed, *g_scale = head + of.width;
-    const REAL *x_scale = g_scale + of.width, *shift = x_scale + of.width;
-    FN(pending) pending;
-    FN(pending) *const stream = of.stream && of.width >= FN(LINE) ? &pending : NULL;
-    FN(begin)(&pending);
+    const REAL *head = (const REAL *)of.packed, *g_scale = head + of.pitch;
+    const REAL *x_scale = g_scale + of.pitch, *shift = x_scale + of.pitch;
+    const int lines = of.stream && of.fits && of.width >= FN(LINE);
+    const bn_index step = lines ? FN(stretch)(of.width, dresidual, elements) : of.width;
     for (bn_index at = 0, n; at < elements; at += n) {
         const STORE *mask = y ? y + at : NULL;
-        n = bn_min(of.width, elements - at);
-        if (of.fits && !stream && at + 4 * n <= elements)
+        n = bn_min(step, elements - at);
+        if (of.fits && !lines && at + 4 * n <= elements)
             n *= 4;
         if (dresidual)
             FN(pass_on)(dy + at, mask, dresidual + at, n, of.stream);
-        if (of.fits && stream && n == of.width) {
-            FN(gradient_run)(dy + at, x + at, mask, dx + at, n, head, g_scale, x_scale, shift,
-                             0, stream, 1);
-            continue;
-        }
-        FN(end)(&pending, dx + at);
-        if (!of.fits)
+        if (lines)
+            FN(gradient_wide_lines)(dy + at, x + at, mask, dx + at, n, &of);
+        else if (!of.fits)
             FN(gradient_mixed)(dy + at, x + at, mask, dx + at, n, head, g_scale, x_scale, shift,
                                &of);
         else if (n <= of.width)
@@ -230,7 +291,6 @@ BN_INLINE void FN(column_gradient_as)(const STORE *dy, const STORE *x, const STO
             FN(gradient_rows)(dy + at, x + at, mask, dx + at, n / 4, head, g_scale, x_scale, shift,
                               4);
     }
-    FN(end)(&pending, dx + elements);
 }
 
 static void FN(column_gradient)(const char *dy, const char *x, const char *y, char *dx,

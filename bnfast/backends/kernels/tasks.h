@@ -13,14 +13,16 @@ typedef void (*bn_task)(bn_call *, bn_index);
 
    Found for up to BN_GROUP channels at a time; returned is whether all of them fit the dtype of x. */
 
-/* Repeat what was packed of some channels for the other rows of a wide row. */
+/* Repeat what was packed of some channels for the other rows of a wide row, and for the elements
+   behind it. */
 static inline void bn_repeat_packed(const bn_call *call, bn_index first, bn_index size, int vectors)
 {
-    const bn_index itemsize = call->kernels->factor_size;
-    for (int vector = 0; vector < vectors; vector++) {
-        char *const from = call->packed + (vector * call->width + first) * itemsize;
-        for (bn_index row = 1; row < call->fold; row++)
-            memcpy(from + row * call->channels * itemsize, from, size * itemsize);
+    const bn_index itemsize = call->kernels->factor_size, pitch = bn_pitch(call);
+    for (int vector = 0; call->rows && vector < vectors; vector++) {
+        char *const packed = call->packed + vector * pitch * itemsize;
+        for (bn_index at = first + call->channels; at < pitch; at += call->channels)
+            memcpy(packed + at * itemsize, packed + first * itemsize,
+                   bn_min(size, pitch - at) * itemsize);
     }
 }
 
@@ -29,7 +31,7 @@ static int bn_find_affine(bn_call *call, bn_index first, bn_index size)
     const int fits = call->kernels->find_affine(
         call->mean + first, (call->var ? call->var : call->m2) + first,
         call->var ? 1.0 : call->count, call->weight + first, call->bias + first, call->eps, size,
-        call->width, call->scale + first, call->packed + first * call->kernels->factor_size);
+        bn_pitch(call), call->scale + first, call->packed + first * call->kernels->factor_size);
     bn_repeat_packed(call, first, size, 3);
     return fits;
 }
@@ -48,7 +50,7 @@ static int bn_find_gradient(bn_call *call, bn_index first, bn_index size)
         shift[c] = call->sum_dy[c] ? -scale * (call->sum_dy[c] / call->count) : 0;
     }
     const int fits = call->kernels->pack_gradient(
-        call->mean + first, g_scale + first, x_scale + first, shift + first, size, call->width,
+        call->mean + first, g_scale + first, x_scale + first, shift + first, size, bn_pitch(call),
         call->packed + first * call->kernels->factor_size);
     bn_repeat_packed(call, first, size, 4);
     return fits;
@@ -146,6 +148,7 @@ static inline bn_affines bn_affines_of(const bn_call *call, int fits)
 {
     const bn_affines affines = {.packed = call->packed,
                                 .width = call->width,
+                                .pitch = bn_pitch(call),
                                 .channels = call->channels,
                                 .fits = fits,
                                 .relu = call->relu,
@@ -161,6 +164,7 @@ static inline bn_gradients bn_gradients_of(const bn_call *call, int fits)
 {
     const bn_gradients gradients = {.packed = call->packed,
                                     .width = call->width,
+                                    .pitch = bn_pitch(call),
                                     .channels = call->channels,
                                     .fits = fits,
                                     .stream = call->stream,
