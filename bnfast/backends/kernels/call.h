@@ -209,9 +209,21 @@ static inline bn_index bn_pitch(const bn_call *call)
     return call->width + 64 / call->kernels->itemsize;
 }
 
+/* How many bytes behind the beginning of a cache line the packed vectors begin. Whole lines of results
+   are sent: where these begin behind one (NumPy's large arrays do, by 16 bytes), so do the vectors,
+   and what a line of results is made from lies in whole lines too. */
+static inline size_t bn_lag(const bn_call *call)
+{
+    const uintptr_t result = (uintptr_t)(call->y ? call->y : call->dx);
+    if (!call->stream || !call->rows)
+        return 0;
+    return result % 64 / (size_t)call->kernels->itemsize * (size_t)call->kernels->factor_size % 64;
+}
+
 /* Allocate what the call needs beside its arrays, in one piece; NULL if there is no memory. */
 static inline void *bn_allocate(bn_call *call, int needs)
 {
+    const size_t line = 64;
     const size_t width = (size_t)call->width;
     const size_t entries = call->rows ? (size_t)(call->parts + 1) * width
                                       : (size_t)(call->channels * call->tiles.count);
@@ -220,12 +232,13 @@ static inline void *bn_allocate(bn_call *call, int needs)
     const size_t means = needs & BN_SUMS && call->rows ? width * sizeof(double) : 0;
     const size_t scale = needs & BN_FACTORS ? 3 * (size_t)call->channels * sizeof(double) : 0;
     const size_t packed = needs & BN_FACTORS ? 4 * (size_t)bn_pitch(call) * sizeof(double) : 0;
-    char *const block =
-        (char *)malloc(packed + moments + sums + means + scale + width / BN_GROUP + 1 + 64);
+    char *const block = (char *)malloc(line + packed + line + moments + sums + means + scale +
+                                       width / BN_GROUP + 1);
     if (!block)
         return NULL;
-    call->packed = block + -(uintptr_t)block % 64;
-    call->moments = (bn_moments *)(call->packed + packed);
+    char *const aligned = block + -(uintptr_t)block % line;
+    call->packed = aligned + bn_lag(call);
+    call->moments = (bn_moments *)(aligned + packed + line);
     call->sums = (bn_sums *)((char *)call->moments + moments);
     call->wide_mean = (double *)((char *)call->sums + sums);
     call->scale = (double *)((char *)call->wide_mean + means);
