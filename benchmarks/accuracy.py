@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")  # Numba looks once, when it is imported
 
 import exact
+from accuracy_cells import COUNTS, TYPICAL, Cell, Row, cells
 from subjects import DTYPES, EPS, LAYOUTS, OPERATIONS, SUBJECTS, TRAINING, Problem
 
 import bnfast
@@ -45,51 +46,14 @@ from bnfast.testing.reference import FORMATS
 
 PACKAGES = ("bnfast", "numpy", "numba", "torch", "onnxruntime", "openvino")
 
-RATIOS = tuple(10.0**power for power in range(8))
-RATIOS_16BIT = (1.0, 10.0, 100.0)
-"""Above that a 16-bit dtype holds hardly two distinct numbers of a channel."""
-
-COUNTS = (2, 10, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 ELEMENTS, CHANNELS = 1 << 17, (2, 1 << 12)
 """Of an array: as many elements, unless the subject is slow, in at least and at most so many
 channels. One channel would have the same memory in both layouts."""
-
-FEW_RATIOS = (1.0, 1e3, 1e6, 1e7)
-"""For a million elements per channel and more."""
 
 FEW_ELEMENTS, FEW_COUNTS = 400, (2, 10, 100)
 """For a subject that runs in a simulator."""
 
 CHUNK = 1 << 18
-TYPICAL = 10_000
-"""The n whose percentiles are shown."""
-
-
-class Cell(NamedTuple):
-    """What is measured at once."""
-
-    operation: str
-    dtype: str
-    count: int
-    ratio: float
-
-
-class Row(NamedTuple):
-    """The errors of one subject in one cell and layout, in ulps.
-
-    ``bound`` is the largest as a share of the contract's; ``sums`` that of dweight and dbias.
-    """
-
-    subject: str
-    layout: str
-    cell: Cell
-    mean: float
-    median: float
-    p99: float
-    p999: float
-    largest: float
-    bound: float
-    sums: float
 
 
 class Drawn(NamedTuple):
@@ -102,19 +66,6 @@ class Drawn(NamedTuple):
     given: exact.Statistics
     mean: NDArray[np.float64]
     var: NDArray[np.float64]
-
-
-def cells(
-    operations: tuple[str, ...], dtypes: tuple[str, ...], counts: tuple[int, ...]
-) -> Iterator[Cell]:
-    """Yield what is measured."""
-    for operation in operations:
-        for dtype in dtypes:
-            for count in counts:
-                ratios = RATIOS_16BIT if dtype in FORMATS else RATIOS
-                for ratio in ratios:
-                    if count < 1_000_000 or ratio in FEW_RATIOS:
-                        yield Cell(operation, dtype, count, ratio)
 
 
 def as_dtype(name: str) -> np.dtype[Any]:

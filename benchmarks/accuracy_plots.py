@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+import figures
 from accuracy_report import LEAST, Report
-from matplotlib.figure import Figure
 
 from bnfast import spec
 
@@ -27,17 +26,6 @@ SHOWN = {
 OPERATIONS = ("inference", "training", "backward")
 BOUNDS = {"inference": spec.Y_ULPS_FLOAT32, "training": spec.Y_ULPS_FLOAT32}
 
-mpl.rcParams.update(
-    {
-        "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": "bnfast",  # the same file for the same figures
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-)
-
 
 def save(report: Report, directory: Path) -> list[tuple[str, str]]:
     """Write the plots; return the title and the file of each."""
@@ -53,18 +41,10 @@ def save(report: Report, directory: Path) -> list[tuple[str, str]]:
 
 
 def _write(report: Report, dtype: str, over: str, path: Path) -> None:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    all_axes = figure.subplots(1, len(OPERATIONS), sharey=True)
-    handles: dict[str, Any] = {}
-    for axes, operation in zip(all_axes, OPERATIONS, strict=True):
+    def draw(axes: Any, operation: str) -> None:
         _panel(report, axes, operation, dtype, over)
-        axes.set_title(operation)
-        axes.set_xlabel("mean/std" if over == "ratio" else "n")
-        lines, names = axes.get_legend_handles_labels()
-        handles |= dict(zip(names, lines, strict=True))
-    all_axes[0].set_ylabel("largest error, ulps")
-    figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False)
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
+
+    figures.save(path, OPERATIONS, draw, "largest error, ulps")
 
 
 def _panel(report: Report, axes: Any, operation: str, dtype: str, over: str) -> None:
@@ -88,5 +68,6 @@ def _panel(report: Report, axes: Any, operation: str, dtype: str, over: str) -> 
     if dtype == "float32":
         bound = BOUNDS.get(operation, spec.DX_ULPS_FLOAT32)
         axes.axhline(bound, color="black", linewidth=0.8, linestyle="--", label="bound of bnfast")
+    axes.set_xlabel("mean/std" if over == "ratio" else "n")
     axes.set_xscale("log")
     axes.set_yscale("log")

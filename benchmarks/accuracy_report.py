@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accuracy import FEW_RATIOS, RATIOS, RATIOS_16BIT, TYPICAL, Cell, Row
+from accuracy_cells import FEW_RATIOS, RATIOS, RATIOS_16BIT, TYPICAL, Cell, Row
 from subjects import DTYPES, LAYOUTS, OPERATIONS, SUBJECTS
 
 from bnfast.testing.reference import FORMATS

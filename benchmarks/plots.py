@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+import figures
 from cases import LAYOUTS, OPERATIONS, Case
-from matplotlib.figure import Figure
 from saved import LIMIT, Run
 
 SHOWN = {  # contender: colour, marker; filled where it writes to memory that is there already
@@ -22,17 +21,6 @@ SHOWN = {  # contender: colour, marker; filled where it writes to memory that is
     "NumPy folded out=": ("C7", "P"),
     "NumPy formula": ("C7", "X"),
 }
-
-mpl.rcParams.update(
-    {
-        "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": "bnfast",  # the same file for the same figures
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-)
 
 
 def save(run: Run, directory: Path) -> list[tuple[str, str]]:
@@ -58,28 +46,18 @@ def save(run: Run, directory: Path) -> list[tuple[str, str]]:
         }
         if panels:
             file = f"measured-{name}.svg"
-            _write(run, panels, tick, directory / file)
+            figures.save(
+                directory / file,
+                list(panels),
+                lambda axes, name, panels=panels, tick=tick: _panel(run, axes, panels[name], tick),
+                "limit / time",
+            )
             saved.append((title, file))
     return saved
 
 
-def _write(
-    run: Run, panels: dict[str, list[Case]], tick: Callable[[Case], str], path: Path
-) -> None:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    handles: dict[str, Any] = {}
-    for axes, (name, cases) in zip(all_axes, panels.items(), strict=True):
-        _panel(run, axes, cases, [tick(case) for case in cases])
-        axes.set_title(name)
-        lines, names = axes.get_legend_handles_labels()
-        handles |= dict(zip(names, lines, strict=True))
-    all_axes[0].set_ylabel("limit / time")
-    figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False)
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
-
-
-def _panel(run: Run, axes: Any, cases: list[Case], labels: list[str]) -> None:
+def _panel(run: Run, axes: Any, cases: list[Case], tick: Callable[[Case], str]) -> None:
+    labels = [tick(case) for case in cases]
     for name, (colour, marker) in SHOWN.items():
         shares = [run.ratio(case, LIMIT, name) for case in cases]
         points = [
