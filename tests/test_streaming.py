@@ -7,6 +7,7 @@ and nothing around them may change.
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -21,7 +22,8 @@ AROUND = 0xA5  # a byte that no result is likely to repeat over 64 bytes
 
 # Channels-first: runs of less than a line, of a line, a little more, of lines and a rest, and so
 # long that they are cut. Channels-last: rows of a few channels, which are folded, with and without
-# rows left over; whole lines; lines and a rest; more columns than a sum takes at once.
+# rows left over, and into wider rows in 16 bits; whole lines; lines and a rest; more columns than a
+# sum takes at once.
 FORMS = [
     (9, 5, 15),
     (7, 6, 16),
@@ -34,7 +36,23 @@ FORMS = [
     (515, 64),
     (401, 67),
     (67, 1030),
+    (5243, 100),
 ]
+
+# A single channel, runs of a line or a little more; a last part of a few elements.
+SHORT_FORMS = [(5, 1, 33), (7, 6, 16), (4, 3, 49), (3, 2, 64), (133, 67), (40, 1), (1409, 3)]
+
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+
+# Of a core and of all: so small that slabs are single channels, and for slabs of several.
+CACHES = [(2048, 4096), (65536, 65536)]
+
+
+@pytest.fixture(params=CACHES, ids=["single-channels", "several"], autouse=True)
+def cache_sizes(request):
+    cython_openmp.assume_caches(*request.param)
+    yield request.param
+    cython_openmp.assume_caches(*caches.sizes())
 
 
 @pytest.fixture(params=LEVELS, autouse=True)
@@ -44,9 +62,7 @@ def level(request):
     if cython_openmp.instruction_set() != request.param:
         cython_openmp.limit_instruction_set(best)
         pytest.skip(f"this CPU does not run {request.param}")
-    cython_openmp.assume_caches(2048, 4096)
     yield request.param
-    cython_openmp.assume_caches(*caches.sizes())
     cython_openmp.limit_instruction_set(best)
 
 
@@ -73,20 +89,30 @@ def form(request):
     return request.param
 
 
-@pytest.fixture(params=[np.float32, np.float64])
-def case(request, rng, form):
-    """Random inputs of a form, some of whose channels are too large or too small for float32."""
+@pytest.fixture(params=DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+def dtype(request):
+    return request.param
+
+
+def inputs(rng, form, dtype):
+    """Random inputs of a form."""
     channels = form[1]
-    given = {
-        "x": rng.normal(3, 2, form).astype(request.param),
-        "other": rng.normal(size=form).astype(request.param),
+    return {
+        "x": rng.normal(3, 2, form).astype(dtype),
+        "other": rng.normal(size=form).astype(dtype),
         "mean": rng.normal(3, 1, channels),
         "var": rng.uniform(0.5, 2, channels),
         "weight": rng.uniform(0.5, 2, channels),
         "bias": rng.normal(size=channels),
     }
-    if channels > 3 and rng.random() < 0.5:
-        given["weight"][rng.permutation(channels)[:2]] = 2.0**101, 2.0**-120
+
+
+@pytest.fixture(params=["fits", "does-not-fit"])
+def case(request, rng, form, dtype):
+    """Random inputs of a form; or with channels that are too large or too small for float32."""
+    given = inputs(rng, form, dtype)
+    if request.param == "does-not-fit":
+        given["weight"][rng.permutation(form[1])[:2]] = [2.0**101, 2.0**-120][: form[1]]
     return given
 
 
@@ -151,3 +177,50 @@ def test_backward(rng, case, fused):
         np.testing.assert_array_equal(*found)
         if add:
             dresidual.assert_equal(passed_on)
+
+
+@pytest.mark.parametrize("form", SHORT_FORMS, ids=str, indirect=True)
+def test_outputs_that_begin_anywhere_in_a_line(rng, form, dtype):
+    given = inputs(rng, form, dtype)
+    x, dy, mean, weight = given["x"], given["other"], given["mean"], given["weight"]
+    affine = mean, given["var"], weight, given["bias"], 1e-5
+    line = 1 / np.sqrt(given["var"]), weight, *rng.normal(size=(2, form[1])), x.size
+    y, dx = x.copy(), dy.copy()
+    cython_openmp.normalize(y, *affine, None, y=y, relu=False, num_threads=1)
+    wanted = {"dresidual": None, "relu": False, "num_threads": 1}
+    cython_openmp.backward_input(dx, x, None, mean, *line, dx=dx, **wanted)
+    places = 64 // x.itemsize
+    for offset in range(places):
+        found = Output(x, offset)
+        cython_openmp.normalize(x, *affine, None, y=found.array, relu=False, num_threads=2)
+        found.assert_equal(y)
+        found, dresidual = Output(x, offset), Output(x, int(rng.integers(places)))
+        wanted = {"dresidual": dresidual.array, "relu": False, "num_threads": 2}
+        cython_openmp.backward_input(dy, x, None, mean, *line, dx=found.array, **wanted)
+        found.assert_equal(dx)
+        dresidual.assert_equal(dy)
+
+
+@pytest.mark.parametrize("which", ["all", "every-other"])
+def test_x_does_not_matter_where_the_sum_of_its_products_is_zero(rng, form, dtype, which):
+    given = inputs(rng, form, dtype)
+    x, dy, mean = given["x"], given["other"], given["mean"]
+    sum_dy, sum_dy_xhat = rng.normal(size=(2, form[1]))
+    step = 1 if which == "all" else 2
+    sum_dy_xhat[::step] = 0
+    found = []
+    for value in 1, np.nan, np.inf:
+        x[:, ::step] = value
+        dx = Output(dy, int(rng.integers(64 // dy.itemsize)))
+        cython_openmp.backward_input(
+            *(dy, x, None, mean, 1 / np.sqrt(given["var"]), given["weight"], sum_dy, sum_dy_xhat),
+            dy.size,
+            dx=dx.array,
+            dresidual=None,
+            relu=False,
+            num_threads=2,
+        )
+        assert np.isfinite(dx.array.astype(np.float64)).all()
+        found.append(dx)
+    for dx in found:
+        dx.assert_equal(found[0].array)

@@ -103,17 +103,10 @@ static inline void FN(affine_run)(const STORE *x, const STORE *residual, STORE *
                                   const REAL *head, const REAL *scale, const REAL *shift,
                                   const int step, int relu)
 {
-    if (residual && relu)
-        FN(affine_run_as)(x, residual, y, n, head, scale, shift, step, 1, 1);
-    else if (residual)
-        FN(affine_run_as)(x, residual, y, n, head, scale, shift, step, 1, 0);
-    else if (relu)
-        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, step, 0, 1);
-    else
-        FN(affine_run_as)(x, NULL, y, n, head, scale, shift, step, 0, 0);
+    BN_FUSED(FN(affine_run_as), residual, relu, x, residual, y, n, head, scale, shift, step);
 }
 
-/* Runs of a line or more, of channels that all fit, past the cache: see stream.h. */
+/* Runs of a line or more, of channels that fit, past the cache: see stream.h. */
 BN_INLINE void FN(affine_lines_as)(const STORE *x, const STORE *residual, STORE *y,
                                        bn_index elements, bn_index length, const bn_affines *of,
                                        bn_index c, const int add, const int relu)
@@ -158,14 +151,7 @@ static inline void FN(affine_lines)(const STORE *x, const STORE *residual, STORE
                                     bn_index elements, bn_index length, const bn_affines *of,
                                     bn_index c)
 {
-    if (residual && of->relu)
-        FN(affine_lines_as)(x, residual, y, elements, length, of, c, 1, 1);
-    else if (residual)
-        FN(affine_lines_as)(x, residual, y, elements, length, of, c, 1, 0);
-    else if (of->relu)
-        FN(affine_lines_as)(x, NULL, y, elements, length, of, c, 0, 1);
-    else
-        FN(affine_lines_as)(x, NULL, y, elements, length, of, c, 0, 0);
+    BN_FUSED(FN(affine_lines_as), residual, of->relu, x, residual, y, elements, length, of, c);
 }
 
 /* Adjacent runs of `length` elements, the first of them of channel c, round and round. */
@@ -176,19 +162,18 @@ static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, c
     const REAL *head = (const REAL *)of.packed, *scale = head + of.pitch;
     const REAL *shift = scale + of.pitch;
     STORE *y = (STORE *)y_bytes;
-    if (of.stream && of.fits && length >= FN(LINE)) {
-        FN(affine_lines)(x, residual, y, elements, length, &of, c);
-        return;
-    }
-    for (bn_index at = 0; at < elements; at += length) {
+    const int lines = of.stream && length >= FN(LINE);
+    const bn_index step = lines && of.fits ? elements : length;
+    for (bn_index at = 0; at < elements; at += step) {
         const STORE *r = residual ? residual + at : NULL;
-        if (of.fits || FN(affine_fits)(FN(affine_of)(&of, c))) {
-            FN(affine_run)(x + at, r, y + at, length, head + c, scale + c, shift + c, 0, of.relu);
-        } else {
+        if (!of.fits && !FN(affine_fits)(FN(affine_of)(&of, c)))
             for (bn_index i = at; i < at + length; i++)
                 y[i] = FN(affine_wide)(x + i, residual ? residual + i : NULL, FN(affine_of)(&of, c),
                                        of.relu);
-        }
+        else if (lines)
+            FN(affine_lines)(x + at, r, y + at, step, length, &of, c);
+        else
+            FN(affine_run)(x + at, r, y + at, length, head + c, scale + c, shift + c, 0, of.relu);
         c = c + 1 == of.width ? 0 : c + 1;
     }
 }
@@ -219,14 +204,7 @@ static inline void FN(affine_rows)(const STORE *x, const STORE *residual, STORE 
                                    const REAL *head, const REAL *scale, const REAL *shift,
                                    const int rows, int relu)
 {
-    if (residual && relu)
-        FN(affine_rows_as)(x, residual, y, n, head, scale, shift, rows, 1, 1);
-    else if (residual)
-        FN(affine_rows_as)(x, residual, y, n, head, scale, shift, rows, 1, 0);
-    else if (relu)
-        FN(affine_rows_as)(x, NULL, y, n, head, scale, shift, rows, 0, 1);
-    else
-        FN(affine_rows_as)(x, NULL, y, n, head, scale, shift, rows, 0, 0);
+    BN_FUSED(FN(affine_rows_as), residual, relu, x, residual, y, n, head, scale, shift, rows);
 }
 
 /* A part of a row where some channels do not fit: these take the double path alone, so that no
@@ -280,14 +258,7 @@ static void FN(column_normalize)(const char *x_bytes, const char *residual_bytes
     const REAL *shift = scale + of.pitch;
     STORE *y = (STORE *)y_bytes;
     if (of.stream && of.fits && of.width >= FN(LINE)) {
-        if (residual && of.relu)
-            FN(affine_wide_lines)(x, residual, y, elements, &of, 1, 1);
-        else if (residual)
-            FN(affine_wide_lines)(x, residual, y, elements, &of, 1, 0);
-        else if (of.relu)
-            FN(affine_wide_lines)(x, NULL, y, elements, &of, 0, 1);
-        else
-            FN(affine_wide_lines)(x, NULL, y, elements, &of, 0, 0);
+        BN_FUSED(FN(affine_wide_lines), residual, of.relu, x, residual, y, elements, &of);
         return;
     }
     for (bn_index at = 0, n; at < elements; at += n) {

@@ -78,7 +78,7 @@ typedef struct {
     bn_sums *sums;
     double *wide_mean;                /* channels-last: the mean of every column of a wide row */
     double *scale;                    /* affine: scales; gradient: g_scales, x_scales, shifts */
-    char *packed;                     /* these and more in the dtype of x: see bn_affines */
+    char *packed;                     /* these and more as they are computed with: see bn_affines */
     char *fits;                       /* per group of channels: whether these fit that dtype */
 } bn_call;
 
@@ -211,7 +211,7 @@ static inline bn_index bn_pitch(const bn_call *call)
 
 /* How many bytes behind the beginning of a cache line the packed vectors begin. Whole lines of results
    are sent: where these begin behind one (NumPy's large arrays do, by 16 bytes), so do the vectors,
-   and what a line of results is made from lies in whole lines too. */
+   and if rows are whole lines long, what a line of results is made from lies in lines too. */
 static inline size_t bn_lag(const bn_call *call)
 {
     const uintptr_t result = (uintptr_t)(call->y ? call->y : call->dx);

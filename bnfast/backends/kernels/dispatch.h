@@ -44,7 +44,7 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
    fewer than 128 in the last piece of a run. */
 #define BN_CHAIN 1024
 
-/* Elements of dresidual, at least, that are written before the dx of the same. */
+/* Elements of dresidual, at least, that are sent before the dx of the same. */
 #define BN_STRETCH 1024
 
 /* Channels whose sums are taken side by side. */
@@ -95,6 +95,19 @@ typedef struct {
     double dy, dy_x;
 } bn_sums;
 
+/* Call a function with constants for whether a residual is added and whether ReLU is applied. */
+#define BN_FUSED(function, residual, relu, ...)                                                    \
+    do {                                                                                           \
+        if ((residual) && (relu))                                                                  \
+            function(__VA_ARGS__, 1, 1);                                                           \
+        else if (residual)                                                                         \
+            function(__VA_ARGS__, 1, 0);                                                           \
+        else if (relu)                                                                             \
+            function(__VA_ARGS__, 0, 1);                                                           \
+        else                                                                                       \
+            function(__VA_ARGS__, 0, 0);                                                           \
+    } while (0)
+
 /* Channels-first elements to sum: `runs` runs of `length` adjacent elements, a run `stride` behind
    the one before, of each of `channels` channels, a channel `apart` from the next. */
 typedef struct {
@@ -102,10 +115,10 @@ typedef struct {
 } bn_tile;
 
 /* What an elementwise kernel multiplies with and adds: in REAL for each of `width` columns of a wide
-   row (or channels), each vector `pitch` elements behind the one before, with its first elements
-   once more at its end; and in double for each channel. While a kernel sends a run past the cache
-   it asks for what lies `ahead`, if that is not 0. Rows are taken several at a time, or one by
-   one. */
+   row (or channels), each vector `pitch` elements behind the one before (of a row, with its first
+   elements once more at its end); and in double for each channel. While a kernel sends a run past
+   the cache it asks for what lies `ahead`, if that is not 0. Rows are taken several at a time, or
+   one by one. */
 typedef struct {
     const char *packed;
     bn_index width, pitch, channels, ahead;

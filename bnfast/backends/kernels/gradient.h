@@ -101,7 +101,7 @@ BN_INLINE void FN(gradient_run)(const STORE *dy, const STORE *x, const STORE *y,
 #undef BN_MAKE
 }
 
-/* Runs of a line or more, of channels that all fit, past the cache. */
+/* Runs of a line or more, of channels that fit, past the cache. */
 BN_INLINE void FN(gradient_lines)(const STORE *dy, const STORE *x, const STORE *y, STORE *dx,
                                       bn_index elements, bn_index length, const bn_gradients *of,
                                       bn_index c)
@@ -131,9 +131,10 @@ BN_INLINE void FN(gradient_lines)(const STORE *dy, const STORE *x, const STORE *
         if (at < end && at + FN(LINE) <= elements) {
             const FN(vector) h2 = FN(all)(head[next]), g2 = FN(all)(g_scale[next]);
             const FN(vector) s2 = FN(all)(x_scale[next]), t2 = FN(all)(shift[next]);
+            const STORE *const either = x_scale[next] == 0 ? from : x;
             for (bn_index k = 0; k < FN(LINE); k += FN(SIZE)) {
                 const FN(mask) after = FN(after)(end - at - k);
-                BN_SEND(k, x, FN(either)(after, h, h2), FN(either)(after, g, g2),
+                BN_SEND(k, either, FN(either)(after, h, h2), FN(either)(after, g, g2),
                         FN(either)(after, s, s2), FN(either)(after, t, t2));
             }
             at += FN(LINE);
@@ -207,22 +208,22 @@ BN_INLINE void FN(row_gradient_as)(const STORE *dy, const STORE *x, const STORE 
 {
     const REAL *head = (const REAL *)of.packed, *g_scale = head + of.pitch;
     const REAL *x_scale = g_scale + of.pitch, *shift = x_scale + of.pitch;
-    const int lines = of.stream && of.fits && length >= FN(LINE);
-    const bn_index step = lines ? FN(stretch)(length, dresidual, elements) : length;
+    const int lines = of.stream && length >= FN(LINE);
+    const bn_index step = lines && of.fits ? FN(stretch)(length, dresidual, elements) : length;
     for (bn_index at = 0, n; at < elements; at += n) {
         const STORE *mask = y ? y + at : NULL;
         n = bn_min(step, elements - at);
         if (dresidual)
             FN(pass_on)(dy + at, mask, dresidual + at, n, of.stream);
-        if (lines)
-            FN(gradient_lines)(dy + at, x + at, mask, dx + at, n, length, &of, c);
-        else if (of.fits || FN(gradient_fits)(FN(gradient_of)(&of, c)))
-            FN(gradient_run)(dy + at, x + at, mask, dx + at, n, head + c, g_scale + c, x_scale + c,
-                             shift + c, 0);
-        else
+        if (!of.fits && !FN(gradient_fits)(FN(gradient_of)(&of, c)))
             for (bn_index i = at; i < at + n; i++)
                 dx[i] = FN(gradient_wide)(FN(masked)(dy, y, i), x[i], FN(gradient_of)(&of, c));
-        c += lines ? n / length : 1;
+        else if (lines)
+            FN(gradient_lines)(dy + at, x + at, mask, dx + at, n, length, &of, c);
+        else
+            FN(gradient_run)(dy + at, x + at, mask, dx + at, n, head + c, g_scale + c, x_scale + c,
+                             shift + c, 0);
+        c += step == length ? 1 : n / length;
         c = c < of.width ? c : c % of.width;
     }
 }

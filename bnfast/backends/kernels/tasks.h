@@ -11,7 +11,8 @@ typedef void (*bn_task)(bn_call *, bn_index);
 
 /* ---- what a channel's elements are multiplied with and shifted by -------------------------------
 
-   Found for up to BN_GROUP channels at a time; returned is whether all of them fit the dtype of x. */
+   Found for up to BN_GROUP channels at a time; returned is whether all of them fit the type
+   that elements are computed in. */
 
 /* Repeat what was packed of some channels for the other rows of a wide row, and for the elements
    behind it. */
