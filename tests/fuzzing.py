@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from bnfast import registry
+from bnfast.backends import caches
 from bnfast.testing.reference import FORMATS, limits
 
 Array: TypeAlias = NDArray[Any]
@@ -28,6 +30,8 @@ GAP = 0xA5
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 49, 63, 64, 65, 67, 100, 129, 257)
 MOST_ELEMENTS = 6000
 LARGE = 98_304  # from here on calls are shared by threads
+CACHES = (None, (2048, 4096), (65536, 65536))
+"""Bytes of a core's cache and of all, for small arrays to go the way of large ones; None: the real."""
 
 
 def fuzz(
@@ -35,14 +39,26 @@ def fuzz(
 ) -> None:
     """Check so many examples, and as many again until ``--fuzz-seconds`` are over.
 
-    Every round has a seed of its own, drawn from ``--seed``.
+    Every round has a seed of its own, drawn from ``--seed``. A case names its backend, and what is
+    assumed of the caches meanwhile.
     """
     for number in rounds(config):
 
         def one(case: Any) -> None:
-            check(case)
+            assume_caches(case["backend"], case["caches"])
+            try:
+                check(case)
+            finally:
+                assume_caches(case["backend"], None)
 
         options(examples)(seed(number)(given(cases)(one)))()
+
+
+def assume_caches(backend: str, sizes: tuple[int, int] | None) -> None:
+    """Let a backend that cuts its work by the sizes of the caches take these for them."""
+    assume = getattr(registry.load(backend), "assume_caches", None)
+    if assume:
+        assume(*(sizes or caches.sizes()))
 
 
 def rounds(config: Any) -> Iterator[int]:

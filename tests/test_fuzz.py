@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backends_here import AVAILABLE
-from fuzzing import DTYPES, characters, fuzz, lies, outside, shapes, vectors
+from fuzzing import CACHES, DTYPES, characters, fuzz, lies, outside, shapes, vectors
 from hypothesis import event
 from hypothesis import strategies as st
 
@@ -96,6 +96,7 @@ def forward_cases(draw, names):
     channels = shape[1]
     case = {
         "backend": draw(st.sampled_from(names)),
+        "caches": draw(st.sampled_from(CACHES)),
         "threads": draw(st.integers(1, 4)),
         "training": draw(st.booleans()),
         "activation": draw(st.sampled_from((None, "relu"))),
@@ -220,6 +221,7 @@ def backward_cases(draw, names):
     shape = draw(shapes())
     case = {
         "backend": draw(st.sampled_from(names)),
+        "caches": draw(st.sampled_from(CACHES)),
         "threads": draw(st.integers(1, 4)),
         "training": draw(st.booleans()),
         "relu": draw(st.booleans()),
@@ -334,6 +336,7 @@ def overlapping_cases(draw, names):
         "buffer": buffer,
         "training": draw(st.booleans()),
         "backend": draw(st.sampled_from(names)),
+        "caches": draw(st.sampled_from(CACHES)),
     }
 
 

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from backends_here import AVAILABLE
-from fuzzing import lies, options, rounds
+from fuzzing import CACHES, assume_caches, lies, options, rounds
 from hypothesis import seed
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -245,6 +245,11 @@ class Life(RuleBasedStateMachine):
     def set_threads(self, number):
         bnfast.set_num_threads(number)
 
+    @rule(sizes=st.sampled_from(CACHES))
+    def assume_caches(self, sizes):
+        for name in AVAILABLE:
+            assume_caches(name, sizes)
+
     @rule()
     def empty_cache(self):
         bnfast.empty_cache()
@@ -306,6 +311,7 @@ class Life(RuleBasedStateMachine):
             self.model.take(self.layer)
 
     def teardown(self):
+        self.assume_caches(None)
         bnfast.set_backend(None)
         bnfast.set_num_threads(None)
 
