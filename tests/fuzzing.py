@@ -31,7 +31,7 @@ LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 49, 63, 64, 65, 67, 100, 
 MOST_ELEMENTS = 6000
 LARGE = 98_304  # from here on calls are shared by threads
 CACHES = (None, (2048, 4096), (65536, 65536))
-"""Bytes of a core's cache and of all, for small arrays to go the way of large ones; None: the real."""
+"""Bytes of a core's cache and of all, for small arrays to go the way of large ones, or the real."""
 
 
 def fuzz(
