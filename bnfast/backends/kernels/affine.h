@@ -99,17 +99,17 @@ BN_INLINE void FN(affine_run_as)(const STORE *x, const STORE *residual, STORE *y
 #undef BN_MAKE
 }
 
+/* One channel. */
 static inline void FN(affine_run)(const STORE *x, const STORE *residual, STORE *y, bn_index n,
-                                  const REAL *head, const REAL *scale, const REAL *shift,
-                                  const int step, int relu)
+                                  const REAL *head, const REAL *scale, const REAL *shift, int relu)
 {
-    BN_FUSED(FN(affine_run_as), residual, relu, x, residual, y, n, head, scale, shift, step);
+    BN_FUSED(FN(affine_run_as), residual, relu, x, residual, y, n, head, scale, shift, 0);
 }
 
 /* Runs of a line or more, of channels that fit, past the cache: see stream.h. */
-BN_INLINE void FN(affine_lines_as)(const STORE *x, const STORE *residual, STORE *y,
-                                       bn_index elements, bn_index length, const bn_affines *of,
-                                       bn_index c, const int add, const int relu)
+BN_INLINE void FN(affine_lines)(const STORE *x, const STORE *residual, STORE *y,
+                                    bn_index elements, bn_index length, const bn_affines *of,
+                                    bn_index c, const int add, const int relu)
 {
     const REAL *head = (const REAL *)of->packed, *scale = head + of->pitch;
     const REAL *shift = scale + of->pitch;
@@ -147,13 +147,6 @@ BN_INLINE void FN(affine_lines_as)(const STORE *x, const STORE *residual, STORE 
 #undef BN_SEND
 }
 
-static inline void FN(affine_lines)(const STORE *x, const STORE *residual, STORE *y,
-                                    bn_index elements, bn_index length, const bn_affines *of,
-                                    bn_index c)
-{
-    BN_FUSED(FN(affine_lines_as), residual, of->relu, x, residual, y, elements, length, of, c);
-}
-
 /* Adjacent runs of `length` elements, the first of them of channel c, round and round. */
 static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, char *y_bytes,
                               bn_index elements, bn_index length, bn_affines of, bn_index c)
@@ -171,9 +164,9 @@ static void FN(row_normalize)(const char *x_bytes, const char *residual_bytes, c
                 y[i] = FN(affine_wide)(x + i, residual ? residual + i : NULL, FN(affine_of)(&of, c),
                                        of.relu);
         else if (lines)
-            FN(affine_lines)(x + at, r, y + at, step, length, &of, c);
+            BN_FUSED(FN(affine_lines), r, of.relu, x + at, r, y + at, step, length, &of, c);
         else
-            FN(affine_run)(x + at, r, y + at, length, head + c, scale + c, shift + c, 0, of.relu);
+            FN(affine_run)(x + at, r, y + at, length, head + c, scale + c, shift + c, of.relu);
         c = c + 1 == of.width ? 0 : c + 1;
     }
 }
@@ -217,7 +210,7 @@ static inline void FN(affine_mixed)(const STORE *x, const STORE *residual, STORE
         const STORE *r = residual ? residual + c : NULL;
         const bn_affine affine = FN(affine_of)(of, c);
         if (FN(affine_fits)(affine))
-            FN(affine_run)(x + c, r, y + c, 1, head + c, scale + c, shift + c, 0, of->relu);
+            FN(affine_run)(x + c, r, y + c, 1, head + c, scale + c, shift + c, of->relu);
         else
             y[c] = FN(affine_wide)(x + c, r, affine, of->relu);
     }
