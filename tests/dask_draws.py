@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import dask
 import dask.array as da
 import numpy as np
-from exact_forward import assert_normalised
+from exact_forward import assert_normalised, exact_moments
 
 import bnfast.functional as F
 from bnfast.interop import dask as bnd
@@ -21,19 +19,6 @@ def chunks_of(rng, shape):
         cuts = rng.choice(np.arange(1, length), rng.integers(0, min(length, 3)), replace=False)
         pieces.append(tuple(int(n) for n in np.diff([0, *sorted(cuts), length])))
     return tuple(pieces)
-
-
-def exact_moments(x):
-    """Return mean and m2 of the channels of x, correctly rounded."""
-    rounded = []
-    for channel in np.moveaxis(x, 1, 0):
-        ratios = [value.as_integer_ratio() for value in channel.ravel().tolist()]
-        unit, n = max(below for _, below in ratios), len(ratios)  # powers of two
-        values = [above * (unit // below) for above, below in ratios]
-        total, squares = sum(values), sum(value * value for value in values)
-        deviations = n * squares - total * total
-        rounded.append([Fraction(total, n * unit), Fraction(deviations, n * unit * unit)])
-    return np.array(rounded, float).T
 
 
 class Draw:
@@ -88,12 +73,13 @@ class Draw:
 def check_all(rng, amount, **scheduler):
     """Compute so many arrays on a scheduler and check them.
 
-    Moments are the exact ones to an ulp, and those of the call in memory to 2 ulps, but where that
-    is farther from the exact ones itself: for one in some thousand channels, by up to 5 seen.
+    Moments are the exact ones to an ulp, and those of the call in memory to 2 ulps. That one's own
+    sums round: in 50,000 channels of such arrays, one m2 was seen to be 3 ulps off.
     """
     draws = [Draw(rng, number) for number in range(amount)]
     moments = dask.compute(*[bnd.moments(drawn.x) for drawn in draws], **scheduler)
     lazy = [drawn.call(bnd.batch_norm, drawn.x, drawn.residual) for drawn in draws]
     computed = zip(draws, moments, dask.compute(*lazy, **scheduler), strict=True)
     ulps = np.concatenate([drawn.check(whole, y) for drawn, whole, y in computed])
-    assert np.mean(ulps <= 2) > 0.99
+    assert np.sum(ulps > 2) <= 1
+    assert ulps.max() <= 3

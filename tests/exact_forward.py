@@ -1,6 +1,8 @@
-"""What layers make of inputs that `bnfast.testing` draws, against its bounds."""
+"""What layers make of inputs that `bnfast.testing` draws, against its bounds; exact moments."""
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import numpy as np
 
@@ -23,3 +25,16 @@ def assert_normalised(y, inputs, *, relu, training):
     fma = registry.choose(None).instruction_set() != "baseline"
     deviations = mean / np.sqrt(var + wide(inputs.eps))
     assert_output(y, expected, xhat, inputs, deviations, fma=fma)
+
+
+def exact_moments(x):
+    """Return mean and m2 of the channels of x, correctly rounded."""
+    rounded = []
+    for channel in np.moveaxis(x, 1, 0):
+        ratios = [value.as_integer_ratio() for value in channel.ravel().tolist()]
+        unit, n = max(below for _, below in ratios), len(ratios)  # powers of two
+        values = [above * (unit // below) for above, below in ratios]
+        total, squares = sum(values), sum(value * value for value in values)
+        deviations = n * squares - total * total
+        rounded.append([Fraction(total, n * unit), Fraction(deviations, n * unit * unit)])
+    return np.array(rounded, float).T

@@ -11,6 +11,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 from backends_here import over_backends, y_ulps
+from exact_forward import exact_moments
 from strided import permuted
 
 import bnfast
@@ -115,6 +116,18 @@ def test_float32_statistics(rng, ratio, form, backend):
     )
     vectors = [wide(mean), wide(var), weight.astype(np.float64), bias.astype(np.float64)]
     assert errors(y, x, *vectors, residual).max() <= bound_of(backend, np.float32)
+
+
+@over_backends
+@pytest.mark.parametrize("shape", [(12, 200, 2), (16, 200, 1), (16, 200), (16, 6, 1)], ids=str)
+def test_moments_of_few_float32(rng, shape, backend):
+    """Deviations from a guess are exact, and so no digits go with one that was far off."""
+    x = rng.normal(3, 1, shape).astype(np.float32)
+    x[0] += 6
+    x[1:4] += 2
+    found, exact = F.moments(x, backend=backend), exact_moments(x)
+    ulps = np.abs([found.mean, found.m2] - exact) / np.spacing(np.abs(exact))
+    assert ulps.max() <= 3
 
 
 @over_backends

@@ -80,19 +80,19 @@ static inline void FN(add_row)(const STORE *x, bn_index width, double *sum)
         sum[c] += FN(raise_one)(x[c]);
 }
 
-/* Moments of a block of up to BN_COLUMNS columns. The first mean is that of the block, or, for
-   float32, of its first rows: see row_moments. */
+/* Moments of a block of up to BN_COLUMNS columns, about the mean of the block, or, for float32, of
+   its first rows: see first_mean. */
 static inline void FN(block_moments)(const STORE *x, bn_index rows, bn_index width, bn_index stride,
                                      bn_index ahead, bn_moments *moments)
 {
     double first[BN_COLUMNS], off[BN_COLUMNS], square[BN_COLUMNS];
-    const bn_index sample = BN_IS_DOUBLE ? rows : bn_min(rows, 4);
+    const bn_index sample = BN_IS_DOUBLE || rows <= BN_LANES ? rows : 4;
     for (bn_index c = 0; c < width; c++)
         first[c] = off[c] = square[c] = 0.0;
     for (bn_index row = 0; row < sample; row++)
         FN(add_row)(x + row * stride, width, first);
     for (bn_index c = 0; c < width; c++)
-        first[c] /= (double)sample;
+        first[c] = (double)(REAL)(first[c] / (double)sample);
     bn_index row = 0;
     if (ahead) /* where nothing is asked for, a constant leaves the question out of the loop */
         for (; row + BN_ROWS <= rows; row += BN_ROWS)

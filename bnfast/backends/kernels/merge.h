@@ -34,6 +34,19 @@ static inline double bn_entry(const bn_call *call, bn_index c, bn_index e, bn_in
     return (double)bn_min(call->part_rows, call->rows - part * call->part_rows);
 }
 
+/* Add to a sum, and to `lost` what the rounding of that took away (Knuth's TwoSum). */
+static inline double bn_add_exactly(double sum, double term, double *lost)
+{
+    const double total = sum + term, added = total - sum;
+    *lost += (sum - (total - added)) + (term - added);
+    return total;
+}
+
+static inline double bn_settled(double sum, double lost)
+{
+    return isfinite(sum + lost) ? sum + lost : sum;
+}
+
 /* Moments of up to BN_GROUP channels from those of their parts: first the mean, then the squares
    about it, and with them what the first mean was off by. Differences of means are small numbers,
    so that no digit is lost to a large mean. */
@@ -42,11 +55,11 @@ static void bn_merge_moments(bn_call *call, bn_index first, bn_index size)
     const bn_index entries = bn_entries(call);
     bn_index row;
     bn_moments total[BN_GROUP];
-    double shifted[BN_GROUP];
+    double shifted[BN_GROUP], lost[BN_GROUP];
     for (bn_index i = 0; i < size; i++) {
         const bn_moments none = {0.0, 0.0, 0.0};
         total[i] = entries ? call->moments[first + i] : none;
-        shifted[i] = 0.0;
+        shifted[i] = lost[i] = 0.0;
     }
     for (bn_index e = 1; e < entries; e++) {
         const double n = bn_entry(call, first, e, &row);
@@ -62,22 +75,15 @@ static void bn_merge_moments(bn_call *call, bn_index first, bn_index size)
         for (bn_index i = 0; n && i < size; i++) {
             const double d = bn_distance(call->moments[row + i], total[i]) - total[i].low;
             shifted[i] += n * d;
-            total[i].m2 += call->moments[row + i].m2 + n * d * d;
+            total[i].m2 = bn_add_exactly(total[i].m2, call->moments[row + i].m2 + n * d * d,
+                                         &lost[i]);
         }
     }
     for (bn_index i = 0; i < size; i++) {
         const double off = entries > 1 ? shifted[i] / call->count : 0.0;
         call->mean[first + i] = total[i].mean + (total[i].low + off);
-        call->m2[first + i] = total[i].m2;
+        call->m2[first + i] = bn_settled(total[i].m2, lost[i]);
     }
-}
-
-/* Add to a sum, and to `lost` what the rounding of that took away (Knuth's TwoSum). */
-static inline double bn_add_exactly(double sum, double term, double *lost)
-{
-    const double total = sum + term, added = total - sum;
-    *lost += (sum - (total - added)) + (term - added);
-    return total;
 }
 
 /* Few rows of few channels leave a thousand entries. One after the other, with samples that repeat
@@ -98,10 +104,9 @@ static void bn_merge_sums(bn_call *call, bn_index first, bn_index size)
         }
     }
     for (bn_index i = 0; i < size; i++) {
-        const double dy = total[i].dy + lost[i].dy, dy_x = total[i].dy_x + lost[i].dy_x;
-        call->sum_dy[first + i] = isfinite(dy) ? dy : total[i].dy;
-        call->sum_dy_xhat[first + i] =
-            entries ? (isfinite(dy_x) ? dy_x : total[i].dy_x) * call->invstd[first + i] : 0.0;
+        const double dy_x = bn_settled(total[i].dy_x, lost[i].dy_x);
+        call->sum_dy[first + i] = bn_settled(total[i].dy, lost[i].dy);
+        call->sum_dy_xhat[first + i] = entries ? dy_x * call->invstd[first + i] : 0.0;
     }
 }
 

@@ -136,14 +136,15 @@ BN_NOINLINE static void FN(add_masked)(const STORE *dy, const STORE *x, const ST
     FN(add_products)(dy, x, y, runs, n, stride, ahead, to);
 }
 
-/* The mean of the first elements of a channel, a guess that the deviations will correct; of all of
-   them for float64, whose deviations from a guess would round. */
+/* About what the moments of a tile are taken. For float64 its mean, since deviations from a guess
+   would round. Else the mean of some elements, rounded to float32: deviations from a float32, and
+   mostly their squares, are exact in float64. */
 static inline double FN(first_mean)(const STORE *x, bn_index runs, bn_index length, bn_index stride)
 {
-#if BN_IS_DOUBLE
-    FN(short_runs) gathered;
     double sum[BN_LANES];
     BN_ZERO(sum);
+#if BN_IS_DOUBLE
+    FN(short_runs) gathered;
     for (bn_index run = 0, some; run < runs; run += some) {
         some = length < BN_LANES ? bn_min(BN_CHAIN / length, runs - run) : 1;
         if (length < BN_LANES)
@@ -155,17 +156,14 @@ static inline double FN(first_mean)(const STORE *x, bn_index runs, bn_index leng
     }
     return FN(total)(sum) / ((double)runs * (double)length);
 #else
-    const bn_index n = bn_min(length, BN_LANES);
-    double some[BN_LANES];
-    (void)runs;
-    (void)stride;
-    BN_ZERO(some);
+    const bn_index n = bn_min(length, BN_LANES), some = bn_min(runs, bn_ceil(BN_LANES, n));
     if (n == BN_LANES)
-        BN_EACH(k, 1) FN(add_vector)(some + k * FN(WIDTH), FN(load)(x + k * FN(WIDTH)));
+        BN_EACH(k, 1) FN(add_vector)(sum + k * FN(WIDTH), FN(load)(x + k * FN(WIDTH)));
     else
-        for (bn_index i = 0; i < n; i++)
-            some[i] = FN(raise_one)(x[i]);
-    return FN(total)(some) / (double)n;
+        for (bn_index run = 0; run < some; run++)
+            for (bn_index i = 0; i < n; i++)
+                sum[i] += FN(raise_one)(x[run * stride + i]);
+    return (double)(REAL)(FN(total)(sum) / (double)(some * n));
 #endif
 }
 

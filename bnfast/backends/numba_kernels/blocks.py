@@ -137,18 +137,19 @@ def measure_block(x, first, stop, left, right, width, ahead, scratch):
     """Put first means of columns, sums of deviations and of their squares, in ``scratch``.
 
     The first mean of float64 takes a pass of its own; for float32 that of the first rows will do,
-    as in `rows.measure_tile`.
+    rounded as in `tiles.first_mean`.
     """
     space = scratch.shape[1]
     scratch[:] = 0.0
-    sample = stop if itemsize_of(x) == 8 else min(stop, first + 4)
+    sample = stop if itemsize_of(x) == 8 or stop - first <= LANES else first + 4
     for strip in range(first, sample, STRIP):
         rows = min(STRIP, sample - strip)
         for at in range(left, right, LANES):
             sums = add_strip(x, strip * width + at, width, rows, min(LANES, right - at))
             store(scratch, at - left, load(scratch, at - left) + sums)
     for at in range(0, space, LANES):
-        store(scratch, at, load(scratch, at) / (sample - first))
+        mean = load(scratch, at) / (sample - first)
+        store(scratch, at, mean if itemsize_of(x) == 8 else cast(cast(mean, np.float32(0.0)), 0.0))
     for strip in range(first, stop, STRIP):
         rows = min(STRIP, stop - strip)
         for at in range(left, right, LANES):

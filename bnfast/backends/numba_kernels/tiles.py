@@ -150,16 +150,19 @@ def total_of(x, start, runs, stride, length):
 
 @inline
 def first_mean(x, start, runs, stride, length):
-    """Return a mean of a tile about which to take its moments.
+    """Return about what to take the moments of a tile.
 
-    That of float64 takes a pass of its own. For float32 the mean of the first elements will do: the
-    deviations are exact in float64, and what one outlier among these can cost (10 bits) leaves m2
-    within `spec.M2_RELATIVE_FLOAT32`.
+    For float64 its mean, since deviations from a guess would round. Else the mean of some elements,
+    rounded to float32: deviations from a float32, and mostly their squares, are exact in float64.
     """
     if itemsize_of(x) == 8:
         return total_of(x, start, runs, stride, length) / (runs * length)
-    some = min(length, LANES)
-    return total(cast(load_some(x, start, some), 0.0)) / some
+    count = min(length, LANES)
+    some = min(runs, -(-LANES // count))
+    sums = zeros()
+    for r in range(some):
+        sums = sums + cast(load_some(x, start + r * stride, count), sums)
+    return float(np.float32(total(sums) / (some * count)))
 
 
 @inline
