@@ -81,7 +81,7 @@ static inline void FN(add_row)(const STORE *x, bn_index width, double *sum)
 }
 
 /* Moments of a block of up to BN_COLUMNS columns, about the mean of the block, or, for float32, of
-   its first rows: see first_mean. */
+   its first rows where it has more than a few: see first_mean. */
 static inline void FN(block_moments)(const STORE *x, bn_index rows, bn_index width, bn_index stride,
                                      bn_index ahead, bn_moments *moments)
 {

@@ -42,14 +42,17 @@ static inline double bn_add_exactly(double sum, double term, double *lost)
     return total;
 }
 
-static inline double bn_settled(double sum, double lost)
+/* What is lost to infinity is not a number, and says nothing. */
+static inline double bn_with_lost(double sum, double lost)
 {
     return isfinite(sum + lost) ? sum + lost : sum;
 }
 
 /* Moments of up to BN_GROUP channels from those of their parts: first the mean, then the squares
    about it, and with them what the first mean was off by. Differences of means are small numbers,
-   so that no digit is lost to a large mean. */
+   so that no digit is lost to a large mean. Few rows of few channels leave an entry for each
+   element: one after the other, without what is lost, their squares would be off by some units of
+   the last place. */
 static void bn_merge_moments(bn_call *call, bn_index first, bn_index size)
 {
     const bn_index entries = bn_entries(call);
@@ -82,7 +85,7 @@ static void bn_merge_moments(bn_call *call, bn_index first, bn_index size)
     for (bn_index i = 0; i < size; i++) {
         const double off = entries > 1 ? shifted[i] / call->count : 0.0;
         call->mean[first + i] = total[i].mean + (total[i].low + off);
-        call->m2[first + i] = bn_settled(total[i].m2, lost[i]);
+        call->m2[first + i] = bn_with_lost(total[i].m2, lost[i]);
     }
 }
 
@@ -104,8 +107,8 @@ static void bn_merge_sums(bn_call *call, bn_index first, bn_index size)
         }
     }
     for (bn_index i = 0; i < size; i++) {
-        const double dy_x = bn_settled(total[i].dy_x, lost[i].dy_x);
-        call->sum_dy[first + i] = bn_settled(total[i].dy, lost[i].dy);
+        const double dy_x = bn_with_lost(total[i].dy_x, lost[i].dy_x);
+        call->sum_dy[first + i] = bn_with_lost(total[i].dy, lost[i].dy);
         call->sum_dy_xhat[first + i] = entries ? dy_x * call->invstd[first + i] : 0.0;
     }
 }

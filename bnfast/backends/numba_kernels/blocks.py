@@ -137,7 +137,7 @@ def measure_block(x, first, stop, left, right, width, ahead, scratch):
     """Put first means of columns, sums of deviations and of their squares, in ``scratch``.
 
     The first mean of float64 takes a pass of its own; for float32 that of the first rows will do,
-    rounded as in `tiles.first_mean`.
+    where there are more than a few, rounded as in `tiles.first_mean`.
     """
     space = scratch.shape[1]
     scratch[:] = 0.0
