@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import dask.array as da
+import dask.threaded
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.dask import TqdmCallback
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Recalibrate on data larger than the memory.")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the data")
     parser.add_argument("--limit", type=int, default=512, help="memory to use, in MB")
-    parser.add_argument("--chunk", type=int, default=256, help="samples in a chunk, of 0.2 MB each")
+    parser.add_argument("--chunk", type=int, default=192, help="samples in a chunk, of 0.2 MB each")
     parser.add_argument("--data", type=Path, help="where the data are, or are made")
     parser.add_argument("--output", type=Path, help="where to write the normalised data")
     options = parser.parse_args(arguments)
@@ -141,6 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Of the limit the kernel enforces what a process allocates; what it maps of a file is added in
     # the peak that is printed.
     resource.setrlimit(resource.RLIMIT_DATA, (options.limit * 10**6,) * 2)
+
+    # Given as a function: for a name, or none, dask imports distributed to ask for a cluster.
+    dask.config.set(scheduler=dask.threaded.get)
 
     x = da.from_array(Rows(path), chunks=(options.chunk, -1, -1, -1), fancy=False)
     print(f"{path}: {x.nbytes / 1e9:.2f} GB, {x.numblocks[0]} chunks of {x.chunks[0][0]} samples")
