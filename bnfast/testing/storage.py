@@ -20,11 +20,18 @@ from bnfast.testing.backward import exact_gradient
 from bnfast.testing.bounds import assert_same_bits
 from bnfast.testing.cases import EPILOGUES, STORAGE, Inputs, Shape, draw, over
 from bnfast.testing.forward import exact_output, with_epilogue
-from bnfast.testing.guard import Run
+from bnfast.testing.guard import Run, arguments_of
 from bnfast.testing.reference import FORMATS, rows
 
 MANY_CHANNELS: tuple[Shape, ...] = ((4, 1024, 17), (68, 1024))
 """With few channels, whose numbers repeat, one unlucky number would be a large share of them."""
+
+NANS: dict[int, tuple[int, ...]] = {
+    8: (0x7FFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF, 0x7FF8000000000001, 0x7FF8000020000000),
+    2: (0x7FFF, 0xFFFF, 0x7FC1),
+}
+"""Bits of unusual NaN, by the bytes they take: all are set, or one that float32 has not, or that is
+its last."""
 
 
 class StorageTests:
@@ -39,6 +46,33 @@ class StorageTests:
         y = run("normalize", _scaled(rng, x, np.ones(shape[1])))["y"]
         with np.errstate(invalid="ignore"):  # adding 0 makes -0 a 0, and NaN is NaN
             assert_same_bits("y of x * 1 + 0", y + dtype(0), x + dtype(0))
+
+    @over("operation", ("normalize", "train", "backward_input"))
+    @over("dtype", STORAGE)
+    @over("shape", ((3, 5, 67), (4, 5, 7), (203, 5), (61, 37)))
+    def test_any_nan_is_a_nan(
+        self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type, operation: str
+    ) -> None:
+        inputs = draw(rng, shape, dtype)
+        place, found = tuple(map(int, rng.integers(shape))), False
+        for argument in sorted(set(arguments_of(operation)[0]) - {"eps", "count", "y"}):
+            values = getattr(inputs, argument)
+            where = place if values.ndim > 1 else place[1]
+
+            def holes(bits: NDArray[Any], name: str = argument, where: Any = where) -> list[Any]:
+                poisoned = getattr(inputs, name).copy()
+                poisoned[where] = bits.view(poisoned.dtype)[0]
+                outputs = run(operation, inputs.replace(**{name: poisoned}))
+                return [np.isnan(output) for output in outputs.values()]
+
+            expected = holes(np.array([np.nan], values.dtype).view(f"u{values.itemsize}"))
+            found |= any(hole.any() for hole in expected)
+            for nan in NANS[values.itemsize]:
+                for hole, usual in zip(
+                    holes(np.array([nan], f"u{values.itemsize}")), expected, strict=True
+                ):
+                    assert np.array_equal(hole, usual), f"NaN {nan:#x} in {argument} is a number"
+        assert found
 
     @over("dtype", STORAGE)
     @over("form", ("channels-first", "channels-last"))

@@ -51,9 +51,9 @@ static int FN(find_affine)(const double *mean, const double *var, double count,
         scale[c] = weight[c] / sqrt(var[c] / count + eps);
     BN_SIMD for (bn_index c = 0; c < n; c++) {
         const double tail = FN(tail)(mean[c]), moved = bias[c] - tail * scale[c];
-        head[c] = (REAL)mean[c];
-        scales[c] = (REAL)scale[c];
-        shift[c] = (REAL)(tail == 0 ? bias[c] : moved);
+        head[c] = FN(clean)((REAL)mean[c]);
+        scales[c] = FN(clean)((REAL)scale[c]);
+        shift[c] = FN(clean)((REAL)(tail == 0 ? bias[c] : moved));
     }
     for (bn_index c = 0; c < n; c++) {
         const bn_affine affine = {mean[c], scale[c], bias[c]};

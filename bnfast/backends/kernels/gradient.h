@@ -49,10 +49,10 @@ static int FN(pack_gradient)(const double *mean, const double *g_scale, const do
     int fits = 1;
     BN_SIMD for (bn_index c = 0; c < n; c++) {
         const double tail = FN(tail)(mean[c]), moved = shift[c] - tail * x_scale[c];
-        head[c] = (REAL)mean[c];
-        g_scales[c] = (REAL)g_scale[c];
-        x_scales[c] = (REAL)x_scale[c];
-        shifts[c] = (REAL)(((tail == 0) | (x_scale[c] == 0)) ? shift[c] : moved);
+        head[c] = FN(clean)((REAL)mean[c]);
+        g_scales[c] = FN(clean)((REAL)g_scale[c]);
+        x_scales[c] = FN(clean)((REAL)x_scale[c]);
+        shifts[c] = FN(clean)((REAL)(((tail == 0) | (x_scale[c] == 0)) ? shift[c] : moved));
     }
     for (bn_index c = 0; c < n; c++) {
         const bn_gradient gradient = {mean[c], g_scale[c], x_scale[c], shift[c]};

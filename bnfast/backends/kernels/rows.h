@@ -64,12 +64,11 @@ BN_NOINLINE static void FN(add_squares)(const STORE *x, bn_index runs, bn_index 
     for (bn_index run = 0; run < runs; run++, x += stride) {
 #define BN_ONE(i, k)                                                                               \
     do {                                                                                           \
-        const STORE *const at = x + (i) + (k) * FN(WIDTH);                                          \
-        const FN(wide) d = FN(plus)(FN(load)(at), -1, first);                                      \
+        const FN(wide) d = FN(plus)(FN(load_part)(x + (i), k), -1, first);                         \
         off.part[k] = FN(plus)(off.part[k], 1, d);                                                 \
         squares.part[k] = FN(wide_mad_each)(d, d, squares.part[k]);                                \
         if (ahead && (k) % FN(PER_LINE) == 0)                                                      \
-            BN_PREFETCH(at + ahead);                                                               \
+            BN_PREFETCH(x + (i) + (k) * FN(WIDTH) + ahead);                                        \
     } while (0)
         BN_STEP_THROUGH(n, BN_ONE);
 #undef BN_ONE
@@ -95,13 +94,14 @@ BN_INLINE void FN(add_products)(const STORE *dy, const STORE *x, const STORE *y,
     for (bn_index from = 0; from < runs * stride; from += stride) {
 #define BN_ONE(i, k)                                                                               \
     do {                                                                                           \
-        const bn_index at = from + (i) + (k) * FN(WIDTH);                                          \
-        const FN(wide) g = y ? FN(load_masked)(dy + at, y + at) : FN(load)(dy + at);               \
+        const bn_index at = from + (i);                                                            \
+        const FN(wide) g =                                                                         \
+            y ? FN(load_part_masked)(dy + at, y + at, k) : FN(load_part)(dy + at, k);              \
         g_sum.part[k] += g;                                                                        \
-        gx_sum.part[k] = FN(wide_mad_each)(g, FN(load)(x + at) - first, gx_sum.part[k]);           \
+        gx_sum.part[k] = FN(wide_mad_each)(g, FN(load_part)(x + at, k) - first, gx_sum.part[k]);   \
         if (ahead && (k) % FN(PER_LINE) == 0) {                                                    \
-            BN_PREFETCH(dy + at + ahead);                                                          \
-            BN_PREFETCH(x + at + ahead);                                                           \
+            BN_PREFETCH(dy + at + (k) * FN(WIDTH) + ahead);                                        \
+            BN_PREFETCH(x + at + (k) * FN(WIDTH) + ahead);                                         \
         }                                                                                          \
     } while (0)
         BN_STEP_THROUGH(n, BN_ONE);

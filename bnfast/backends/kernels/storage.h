@@ -3,9 +3,17 @@
    float16 and bfloat16 become float, which holds them all, and are rounded to nearest, ties to even.
    F16C does that for float16. Elsewhere it is done in integers: bfloat16 is the upper half of a
    float; float16 has its own exponent, and subnormals, which a multiplication and an addition of
-   powers of two bring into place. NaN has a case of its own, where rounding could make it infinity.
-   With AVX-512 bfloat16 goes up and down by one permutation of 16-bit words, which is a conversion
-   and a shift in one.  Needs REAL, STORE, FN, BN_STORAGE, the vector types of vectors.h. */
+   powers of two bring into place. With AVX-512 bfloat16 goes up and down by one permutation of
+   16-bit words, which is a conversion and a shift in one. Rounding to it would make infinity of a
+   NaN all of whose set bits are among the lower 16, but none gets there: arithmetic hands on the
+   bits of the operand that is NaN, or makes a quiet one; elements have no lower bits, and what they
+   are computed with is `clean`.  Needs REAL, STORE, FN, BN_STORAGE, the vector types of vectors.h. */
+
+/* The number; of bfloat16 any NaN becomes the one that its upper bits say. */
+static inline REAL FN(clean)(REAL value)
+{
+    return BN_STORAGE == BN_BFLOAT && value != value ? (REAL)NAN : value;
+}
 
 #if BN_STORAGE == BN_PLAIN
 
@@ -86,16 +94,13 @@ static inline FN(stored) FN(round)(FN(vector) some)
 #elif BN_LEVEL == 2
     const __m512i bits = (__m512i)some;
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)some, (__m512)some, _CMP_UNORD_Q);
     __m512i nearest = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
     nearest = _mm512_mask_add_epi32(nearest, odd, bits, _mm512_set1_epi32(0x8000));
-    nearest = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x400000));
     nearest = _mm512_permutexvar_epi16((__m512i)bn_upper_to, nearest);
     return (FN(stored))_mm512_castsi512_si256(nearest);
 #else
-    const FN(bits) bits = (FN(bits))some, nan = (FN(bits))(some != some);
-    const FN(bits) nearest = bits + ((bits >> 16 & 1) + 0x7fff);
-    return FN(pack_bits)(((nearest & ~nan) | ((bits | 0x400000) & nan)) >> 16);
+    const FN(bits) bits = (FN(bits))some;
+    return FN(pack_bits)((bits + ((bits >> 16 & 1) + 0x7fff)) >> 16);
 #endif
 }
 
@@ -107,7 +112,7 @@ static inline REAL FN(raise_one)(STORE value)
 
 static inline STORE FN(round_one)(REAL value)
 {
-    const FN(vector) some = {value};
+    const FN(vector) some = {FN(clean)(value)};
     return FN(round)(some)[0];
 }
 

@@ -11,6 +11,7 @@ that a kernel allocated may stand for its address.
     room(x, rows, columns)           a new array of the dtype that x is computed in
     load(x, i)                       x[i : i+16]
     load_wide(x, i)                  the same in float64
+    load_terms(x, i)                 the same in any order, the same for all arrays of a dtype
     load_some(x, i, count)           x[i : i+count] in the first lanes, zero in the others
     store(y, i, v)                   y[i : i+16] = v, rounded to the dtype of y
     store_some(y, i, v, count)       y[i : i+count] = the first lanes of v
@@ -43,7 +44,15 @@ from bnfast.backends.numba_kernels.lanes import (
     intrinsic,
     suffix,
 )
-from bnfast.backends.numba_kernels.storage import I16, element, itemsize, raised, rounded
+from bnfast.backends.numba_kernels.storage import (
+    I16,
+    element,
+    itemsize,
+    raised,
+    raised_pairs,
+    rounded,
+    storage_of,
+)
 
 LINE = 64
 """Bytes of a cache line."""
@@ -178,6 +187,25 @@ def load(typingctx, x, index):
     return Lanes(x.dtype)(x, types.intp), codegen
 
 
+def _halves(context, builder, kind, array, index):
+    """Return x[index : index + 8] and the next eight."""
+    half = ir.VectorType(element(context, kind), LANES // 2)
+    halves = []
+    for offset in (0, LANES // 2):
+        at = _pointer(context, builder, kind, array, builder.add(index, I64(offset)))
+        read = builder.load(builder.bitcast(at, half.as_pointer()), align=itemsize(kind))
+        halves.append(raised(builder, kind, read))
+    return halves
+
+
+def _widened(builder, halves):
+    """Return sixteen numbers in float64."""
+    wide = ir.VectorType(ir.DoubleType(), LANES // 2)
+    halves = [half if half.type == wide else builder.fpext(half, wide) for half in halves]
+    order = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+    return builder.shuffle_vector(*halves, order)
+
+
 @intrinsic
 def load_wide(typingctx, x, index):
     """Return x[index : index + 16] in float64.
@@ -187,17 +215,25 @@ def load_wide(typingctx, x, index):
     """
 
     def codegen(context, builder, sig, args):
-        kind = sig.args[0]
-        half = ir.VectorType(element(context, kind), LANES // 2)
-        wide = ir.VectorType(ir.DoubleType(), LANES // 2)
-        halves = []
-        for offset in (0, LANES // 2):
-            at = _pointer(context, builder, kind, args[0], builder.add(args[1], I64(offset)))
-            pointer = builder.bitcast(at, half.as_pointer())
-            read = raised(builder, kind, builder.load(pointer, align=itemsize(kind)))
-            halves.append(read if half == wide else builder.fpext(read, wide))
-        order = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
-        return builder.shuffle_vector(*halves, order)
+        return _widened(builder, _halves(context, builder, x, *args))
+
+    return Lanes(types.float64)(x, types.intp), codegen
+
+
+@intrinsic
+def load_terms(typingctx, x, index):
+    """Return x[index : index + 16] in float64, in any order.
+
+    Two adjacent bfloat16 are 32 bits, of which a float32 is the upper half or, shifted up, the
+    lower: the terms of a sum take half the instructions (0.8 of the time of moments).
+    """
+
+    def codegen(context, builder, sig, args):
+        if storage_of(x) != "bfloat16":
+            return _widened(builder, _halves(context, builder, x, *args))
+        pairs = ir.VectorType(I32, LANES // 2)
+        at = builder.bitcast(_pointer(context, builder, x, *args), pairs.as_pointer())
+        return _widened(builder, raised_pairs(builder, builder.load(at, align=itemsize(x))))
 
     return Lanes(types.float64)(x, types.intp), codegen
 

@@ -22,6 +22,8 @@ AVX-512, of which there are enough for two sets of lanes: `PAIRED`.
     where_nonzero(t, v, w)           v where t != 0, else w
     rectify(v)                       0 where v <= 0, else v: NaN passes
     settle(v, low)                   v + low where low is finite, else v
+    quiet(v)                         v, any NaN being the same quiet one
+    opaque(a)                        the number a, of which the optimiser does not know what it is
     misfit(v, least, most)           1 where least <= abs(v) <= most does not hold, else 0
     first_lanes(count, v, w)         v in the first ``count`` lanes, w in the others
     total(v)                         the sum over the lanes, pairwise
@@ -218,6 +220,11 @@ def _rectify(builder, v):
     return builder.select(builder.fcmp_ordered("<=", v, _zero(v)), _zero(v), v)
 
 
+def _quiet(builder, v):
+    nan = ir.Constant(v.type, [float("nan")] * LANES)
+    return builder.select(builder.fcmp_unordered("uno", v, v), nan, v)
+
+
 def _settle(builder, v, low):
     finite = builder.fcmp_ordered("==", builder.fsub(low, low), _zero(low))
     return builder.select(finite, builder.fadd(v, low), v)
@@ -237,6 +244,7 @@ difference = _define(_difference, 2)
 where_nonzero = _define(_where_nonzero, 3)
 rectify = _define(_rectify, 1)
 settle = _define(_settle, 2)
+quiet = _define(_quiet, 1)
 misfit = _define(_misfit, 3)
 
 
@@ -252,6 +260,19 @@ def cast(typingctx, value, like):
         return context.cast(builder, args[0], value, result)
 
     return result(value, like), codegen
+
+
+@intrinsic
+def opaque(typingctx, value):
+    """Return a number, of which the optimiser does not know what it is, on x86."""
+
+    def codegen(context, builder, sig, args):
+        if not builder.module.triple.startswith("x86_64"):
+            return args[0]
+        kind = args[0].type
+        return builder.asm(ir.FunctionType(kind, [kind]), "", "=x,0", args, side_effect=False)
+
+    return value(value), codegen
 
 
 @intrinsic

@@ -2,8 +2,10 @@
 
 Numba knows neither on the CPU, so a kernel reads and writes integers, and these become float32 in
 registers: float16 by LLVM's conversion, which is one instruction where the CPU has it; bfloat16,
-the upper half of a float32, by shifting. Results are rounded to nearest, ties to even. A NaN would
-be rounded to infinity if its last bits were all it had, so it is made a quiet one first.
+the upper half of a float32, by shifting. Results are rounded to nearest, ties to even. Rounding to
+bfloat16 would make infinity of a NaN all of whose set bits are among the lower 16, but none gets
+there: arithmetic hands on the bits of the operand that is NaN, or makes a quiet one; elements have
+no lower bits, and what they are computed with comes from `arithmetic.quiet_some`.
 
 The functions take the Numba type of an address or array, and numbers or vectors of LLVM alike.
 """
@@ -52,6 +54,13 @@ def raised(builder, kind, value):
     return builder.bitcast(bits, _floats(value))
 
 
+def raised_pairs(builder, pairs):
+    """Return the first and the second of each pair of bfloat16: two vectors of float32."""
+    floats = _like(pairs, ir.FloatType())
+    first, second = builder.shl(pairs, _all(pairs, 16)), builder.and_(pairs, _all(pairs, -1 << 16))
+    return builder.bitcast(first, floats), builder.bitcast(second, floats)
+
+
 def rounded(builder, kind, value):
     """Return a result, in the dtype that is computed in, as it goes to memory."""
     if not storage_of(kind):
@@ -61,11 +70,10 @@ def rounded(builder, kind, value):
             builder.fptrunc(value, _like(value, ir.HalfType())), _like(value, I16)
         )
     bits = builder.bitcast(value, _like(value, I32))
-    odd = builder.and_(builder.lshr(bits, _all(value, 16)), _all(value, 1))
-    nearest = builder.add(bits, builder.add(odd, _all(value, 0x7FFF)))
-    quiet = builder.or_(bits, _all(value, 0x400000))
-    either = builder.select(builder.fcmp_unordered("uno", value, value), quiet, nearest)
-    return builder.trunc(builder.lshr(either, _all(value, 16)), _like(value, I16))
+    even = builder.icmp_unsigned("==", builder.and_(bits, _all(value, 0x10000)), _all(value, 0))
+    half = builder.select(even, _all(value, 0x7FFF), _all(value, 0x8000))
+    nearest = builder.add(bits, half)
+    return builder.trunc(builder.lshr(nearest, _all(value, 16)), _like(value, I16))
 
 
 def _like(value, kind):
