@@ -11,7 +11,6 @@ from bnfast.backends.numba_kernels.addresses import (
     get,
     itemsize_of,
     present,
-    room,
 )
 from bnfast.backends.numba_kernels.arithmetic import (
     fill_backward,
@@ -35,6 +34,7 @@ from bnfast.backends.numba_kernels.walks import (
     normalize_by_cycle,
     past_cache,
     repeat,
+    table_for,
 )
 
 MANY = 512
@@ -81,13 +81,13 @@ def forward(
         given_mean, given_var, n = mean, m2, float(outer)
     if not present(y):
         return
-    table = room(x, 4, cycle_width(channels) + LANES)
+    past = past_cache(y, x, residual, large)
+    table = table_for(y, cycle_width(channels), past)
     wide = np.empty((5, cycle_width(channels) + LANES))
     safe = fill_forward(table, wide, given_mean, given_var, n, weight, bias, eps, 0, channels)
     repeat(table, channels)
     if not safe:
         repeat(wide, channels)
-    past = past_cache(y, x, residual, large)
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
         normalize_by_cycle(x, residual, y, begin, end, table, wide, safe, relu, past)
@@ -142,13 +142,13 @@ def backward(
                 )  # fmt: skip
     if not present(dx):
         return
-    table = room(x, 4, cycle_width(channels) + LANES)
+    past = past_cache(dx, dy, x, large)
+    table = table_for(dx, cycle_width(channels), past)
     wide = np.empty((5, cycle_width(channels) + LANES))
     safe = fill_backward(table, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, n, 0, channels)
     repeat(table, channels)
     if not safe:
         repeat(wide, channels)
-    past = past_cache(dx, dy, x, large)
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
         gradient_by_cycle(dy, x, y, dx, dresidual, begin, end, table, wide, safe, past)

@@ -50,6 +50,7 @@ from bnfast.backends.numba_kernels.walks import (
     normalize_by_runs,
     past_cache,
     stretch,
+    table_for,
 )
 
 NOT_AHEAD = np.intp(0)
@@ -156,11 +157,11 @@ def forward(
         return
     safe = fill_forward(numbers, wide, given_mean, given_var, n, weight, bias, eps, 0, channels)
     if size < LANES and samples >= CYCLES:
-        width = cycle_width(channels * size) + LANES
-        table, wide_table = room(x, 4, width), wide
+        width = cycle_width(channels * size)
+        table, wide_table = table_for(y, width, past), wide
         stretch(numbers, size, table)
         if not safe:
-            wide_table = np.empty((5, width))
+            wide_table = np.empty((5, width + LANES))
             stretch(wide, size, wide_table)
         for thread in prange(threads):
             begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
@@ -251,11 +252,11 @@ def backward(
         return
     safe = fill_backward(numbers, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, n, 0, channels)
     if size < LANES and samples >= CYCLES:
-        width = cycle_width(channels * size) + LANES
-        table, wide_table = room(x, 4, width), wide
+        width = cycle_width(channels * size)
+        table, wide_table = table_for(dx, width, past), wide
         stretch(numbers, size, table)
         if not safe:
-            wide_table = np.empty((5, width))
+            wide_table = np.empty((5, width + LANES))
             stretch(wide, size, wide_table)
         for thread in prange(threads):
             begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)

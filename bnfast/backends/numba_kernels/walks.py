@@ -21,11 +21,13 @@ What is done to sixteen elements is an operation: ``make`` computes, ``write`` s
 from __future__ import annotations
 
 from bnfast.backends.numba_kernels.addresses import (
+    LINE,
     fence,
     load,
     load_some,
     prefetch,
     present,
+    room,
     same,
     store_some,
     stream,
@@ -271,6 +273,19 @@ def gradient_by_cycle(dy, x, y, dx, dresidual, begin, end, table, wide, safe, pa
 def cycle_width(channels):
     """Return the elements of a cycle of columns: whole rows of them."""
     return channels * max(1, CYCLE // channels)
+
+
+@inline
+def table_for(y, width, past):
+    """Return room for the numbers of a cycle of ``width`` elements.
+
+    Where whole cache lines of y are made, a line of numbers is read for each, not parts of two.
+    """
+    columns = width + LANES
+    flat = room(y, 1, 4 * columns + 2 * LANES)[0]
+    line = LINE // flat.itemsize
+    first = to_line(flat, 0) + (line - to_line(y, 0) % line if past else 0)
+    return flat[first : first + 4 * columns].reshape((4, columns))
 
 
 @step
