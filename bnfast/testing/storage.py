@@ -49,7 +49,7 @@ class StorageTests:
 
     @over("operation", ("normalize", "train", "backward_input"))
     @over("dtype", STORAGE)
-    @over("shape", ((3, 5, 67), (4, 5, 7), (203, 5), (61, 37)))
+    @over("shape", ((3, 5, 67), (4, 5, 7), (61, 37)))
     def test_any_nan_is_a_nan(
         self, run: Run, rng: np.random.Generator, shape: Shape, dtype: type, operation: str
     ) -> None:

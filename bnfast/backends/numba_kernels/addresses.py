@@ -17,8 +17,9 @@ that a kernel allocated may stand for its address.
     store_some(y, i, v, count)       y[i : i+count] = the first lanes of v
     stream(y, i, v)                  as store, past the cache, where a cache line (or half of one,
                                      which sixteen elements of 16 bits fill) begins
+    stream_two(y, i, v, w)           y[i : i+32] likewise, of 16 bits a whole line
     fence()                          waits until what was streamed can be seen
-    to_line(y, i)                    how many elements there are from y[i] to where that may begin
+    to_line(y, i)                    how many elements there are from y[i] to where a line begins
     prefetch(x, i)                   asks for x[i : i+16], whether or not it exists
     get(x, i), put(y, i, v)          one element
 """
@@ -130,9 +131,14 @@ def _to_store(context, builder, kind, value, given):
     return rounded(builder, kind, convert(context, builder, value, given, Lanes(kind.dtype)))
 
 
-def _streamed(kind):
-    """Return the bytes of sixteen elements, or of the cache line of which they are several."""
-    return min(LINE, LANES * itemsize(kind))
+def _stream(context, builder, kind, place, stored):
+    """Store a vector past the cache; ``place`` begins with an address and an index."""
+    pointer = builder.bitcast(
+        _pointer(context, builder, kind, *place[:2]), stored.type.as_pointer()
+    )
+    filled = min(LINE, stored.type.count * itemsize(kind))
+    written = builder.store(stored, pointer, align=filled)
+    written.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
 
 
 @intrinsic
@@ -286,16 +292,27 @@ def store_some(typingctx, y, index, value, count):
 
 @intrinsic
 def stream(typingctx, y, index, value):
-    """As `store`, past the cache: from y[index] on, `to_line` must be 0."""
+    """As `store`, past the cache: `to_line` of y[index] must be 0, or 16 elements of 16 bits."""
 
     def codegen(context, builder, sig, args):
         stored = _to_store(context, builder, y, args[2], sig.args[2])
-        pointer = _vector_pointer(context, builder, y, *args[:2])
-        written = builder.store(stored, pointer, align=_streamed(y))
-        written.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+        _stream(context, builder, y, args, stored)
         return context.get_dummy_value()
 
     return types.void(y, types.intp, value), codegen
+
+
+@intrinsic
+def stream_two(typingctx, y, index, value, other):
+    """As `stream`, of twice as many elements."""
+
+    def codegen(context, builder, sig, args):
+        halves = [_to_store(context, builder, y, half, sig.args[2]) for half in args[2:]]
+        order = ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES)))
+        _stream(context, builder, y, args, builder.shuffle_vector(*halves, order))
+        return context.get_dummy_value()
+
+    return types.void(y, types.intp, value, value), codegen
 
 
 @intrinsic
@@ -312,11 +329,11 @@ def fence(typingctx):
 
 @intrinsic
 def to_line(typingctx, y, index):
-    """Return how many elements there are from y[index] to the next where `stream` may begin."""
+    """Return how many elements there are from y[index] to the next where a cache line begins."""
 
     def codegen(context, builder, sig, args):
         address = builder.ptrtoint(_pointer(context, builder, y, *args), I64)
-        missing = builder.and_(builder.neg(address), I64(_streamed(y) - 1))
+        missing = builder.and_(builder.neg(address), I64(LINE - 1))
         return builder.udiv(missing, I64(itemsize(y)))
 
     return types.intp(y, types.intp), codegen

@@ -29,6 +29,7 @@ from bnfast.backends.numba_kernels.blocks import (
 from bnfast.backends.numba_kernels.compiling import Array, Shape, Vector
 from bnfast.backends.numba_kernels.lanes import LANES
 from bnfast.backends.numba_kernels.walks import (
+    BEYOND,
     cycle_width,
     gradient_by_cycle,
     normalize_by_cycle,
@@ -83,7 +84,7 @@ def forward(
         return
     past = past_cache(y, x, residual, large)
     table = table_for(y, cycle_width(channels), past)
-    wide = np.empty((5, cycle_width(channels) + LANES))
+    wide = np.empty((5, cycle_width(channels) + BEYOND))
     safe = fill_forward(table, wide, given_mean, given_var, n, weight, bias, eps, 0, channels)
     repeat(table, channels)
     if not safe:
@@ -144,7 +145,7 @@ def backward(
         return
     past = past_cache(dx, dy, x, large)
     table = table_for(dx, cycle_width(channels), past)
-    wide = np.empty((5, cycle_width(channels) + LANES))
+    wide = np.empty((5, cycle_width(channels) + BEYOND))
     safe = fill_backward(table, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, n, 0, channels)
     repeat(table, channels)
     if not safe:

@@ -43,6 +43,7 @@ from bnfast.backends.numba_kernels.tiles import (
     tiles_of,
 )
 from bnfast.backends.numba_kernels.walks import (
+    BEYOND,
     cycle_width,
     gradient_by_cycle,
     gradient_by_runs,
@@ -161,7 +162,7 @@ def forward(
         table, wide_table = table_for(y, width, past), wide
         stretch(numbers, size, table)
         if not safe:
-            wide_table = np.empty((5, width + LANES))
+            wide_table = np.empty((5, width + BEYOND))
             stretch(wide, size, wide_table)
         for thread in prange(threads):
             begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
@@ -256,7 +257,7 @@ def backward(
         table, wide_table = table_for(dx, width, past), wide
         stretch(numbers, size, table)
         if not safe:
-            wide_table = np.empty((5, width + LANES))
+            wide_table = np.empty((5, width + BEYOND))
             stretch(wide, size, wide_table)
         for thread in prange(threads):
             begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)

@@ -23,6 +23,7 @@ from __future__ import annotations
 from bnfast.backends.numba_kernels.addresses import (
     LINE,
     fence,
+    itemsize_of,
     load,
     load_some,
     prefetch,
@@ -31,6 +32,7 @@ from bnfast.backends.numba_kernels.addresses import (
     same,
     store_some,
     stream,
+    stream_two,
     to_line,
 )
 from bnfast.backends.numba_kernels.arithmetic import MISFIT, gradient, output
@@ -40,6 +42,15 @@ from bnfast.backends.numba_kernels.lanes import LANES, first_lanes, where_nonzer
 CYCLE = 256
 """Elements of a cycle, at least, so that it is not begun anew all the time."""
 
+BEYOND = 2 * LANES
+"""Elements of a table behind a cycle, which a step that begins in it may reach."""
+
+
+@inline
+def line_of(y):
+    """Return the elements of a cache line, but at least 16."""
+    return max(LANES, LINE // itemsize_of(y))
+
 
 @inline
 def write_some(y, i, value, count, past):
@@ -48,6 +59,17 @@ def write_some(y, i, value, count, past):
         stream(y, i, value)
     else:
         store_some(y, i, value, count)
+
+
+@inline
+def write_step(y, i, value, other, past):
+    """Store a step of `line_of` elements; ``other`` is its second half, where it has one."""
+    if line_of(y) > LANES and past:
+        stream_two(y, i, value, other)
+    else:
+        write_some(y, i, value, LANES, past)
+        if line_of(y) > LANES:
+            write_some(y, i + LANES, other, LANES, past)
 
 
 @inline
@@ -67,6 +89,12 @@ def write_output(arrays, i, count, made, past):
 
 
 @inline
+def write_outputs(arrays, i, made, more, past):
+    """Store what `make_output` made of a step."""
+    write_step(arrays[2], i, made[0], more[0], past)
+
+
+@inline
 def make_gradient(arrays, i, count, numbers):
     """Return dx from element ``i`` on, and g. ``arrays``: dy, x, y, dx, dresidual, relu, both."""
     dy, x, y, _, _, relu, _ = arrays
@@ -83,6 +111,14 @@ def write_gradient(arrays, i, count, made, past):
     write_some(arrays[3], i, made[0], count, past)
     if arrays[6]:
         store_some(arrays[4], i, made[1], count)
+
+
+@inline
+def write_gradients(arrays, i, made, more, past):
+    """Store what `make_gradient` made of a step."""
+    write_step(arrays[3], i, made[0], more[0], past)
+    if arrays[6]:
+        write_step(arrays[4], i, made[1], more[1], False)
 
 
 @inline
@@ -127,7 +163,7 @@ def joined(count, a, b):
     )
 
 
-def walks(make, write, ask):
+def walks(make, write, write_whole, ask):
     """Return the four walks for an operation: by_runs, by_runs_exactly, by_cycle, ..._exactly.
 
     They transform the elements from ``start`` to ``stop``; ``to`` is the array of which cache
@@ -141,7 +177,7 @@ def walks(make, write, ask):
         c = start // size % channels
         edge = (start // size + 1) * size
         i = start
-        count = min(to_line(to, start), stop - start) if past else 0
+        count = min(to_line(to, start) % LANES, stop - start) if past else 0
         while i < stop:
             whole = (min(edge, stop) - i) // LANES * LANES if count == 0 else 0
             if whole > 0:
@@ -185,25 +221,30 @@ def walks(make, write, ask):
 
     @step
     def by_cycle(arrays, to, start, stop, table, past):
-        width = table.shape[1] - LANES
+        width = table.shape[1] - BEYOND
         at = start % width
         i = start
-        count = min(to_line(to, start), stop - start) if past else 0
+        line = line_of(to)
+        left = to_line(to, start) if past else 0
         while i < stop:
-            vectors = min((width - at + LANES - 1) // LANES, (stop - i) // LANES)
-            if count == 0 and vectors > 0:
-                for _ in range(vectors):
+            steps = min((width - at + line - 1) // line, (stop - i) // line)
+            if left == 0 and steps > 0:
+                for _ in range(steps):
                     made = make(arrays, i, LANES, numbers_from(table, at))
-                    write(arrays, i, LANES, made, past)
-                    i += LANES
-                    at += LANES
+                    more = made
+                    if line > LANES:
+                        more = make(arrays, i + LANES, LANES, numbers_from(table, at + LANES))
+                    write_whole(arrays, i, made, more, past)
+                    i += line
+                    at += line
             else:
-                count = min(count if count > 0 else LANES, stop - i)
+                left = left if left > 0 else line
+                count = min((left - 1) % LANES + 1, stop - i)
                 made = make(arrays, i, count, numbers_from(table, at))
                 write(arrays, i, count, made, past)
                 i += count
                 at += count
-                count = 0
+                left -= count
             if at >= width:
                 at -= width
         if past:
@@ -211,7 +252,7 @@ def walks(make, write, ask):
 
     @step
     def by_cycle_exactly(arrays, start, stop, table, wide):
-        width = table.shape[1] - LANES
+        width = table.shape[1] - BEYOND
         for i in range(start, stop, LANES):
             at = i % width
             count = min(stop - i, LANES)
@@ -223,8 +264,8 @@ def walks(make, write, ask):
     return by_runs, by_runs_exactly, by_cycle, by_cycle_exactly
 
 
-_normalize = walks(make_output, write_output, ask_output)
-_gradient = walks(make_gradient, write_gradient, ask_gradient)
+_normalize = walks(make_output, write_output, write_outputs, ask_output)
+_gradient = walks(make_gradient, write_gradient, write_gradients, ask_gradient)
 normalize_runs, normalize_runs_exactly, normalize_cycle, normalize_cycle_exactly = _normalize
 gradient_runs, gradient_runs_exactly, gradient_cycle, gradient_cycle_exactly = _gradient
 
@@ -281,7 +322,7 @@ def table_for(y, width, past):
 
     Where whole cache lines of y are made, a line of numbers is read for each, not parts of two.
     """
-    columns = width + LANES
+    columns = width + BEYOND
     flat = room(y, 1, 4 * columns + 2 * LANES)[0]
     line = LINE // flat.itemsize
     first = to_line(flat, 0) + (line - to_line(y, 0) % line if past else 0)
@@ -290,7 +331,7 @@ def table_for(y, width, past):
 
 @step
 def repeat(table, period):
-    """Fill the rows of a table, `LANES` beyond a cycle, from their first ``period`` entries."""
+    """Fill the rows of a table, `BEYOND` a cycle, from their first ``period`` entries."""
     rows, width = table.shape
     for row in range(rows):
         if period < LANES:
