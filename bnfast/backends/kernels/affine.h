@@ -224,17 +224,19 @@ BN_INLINE void FN(affine_wide_lines)(const STORE *x, const STORE *residual, STOR
 {
     const REAL *head = (const REAL *)of->packed, *scale = head + of->pitch;
     const REAL *shift = scale + of->pitch;
-    const bn_index width = of->width;
+    const bn_index width = of->width, ahead = of->ahead;
     bn_index at = FN(to_line)(y, elements), c = at;
     if (at)
         FN(affine_run_as)(x, residual, y, at, head, scale, shift, 1, add, relu);
     for (; at + FN(LINE) <= elements; c -= width)
-        for (; c < width && at + FN(LINE) <= elements; c += FN(LINE), at += FN(LINE))
+        for (; c < width && at + FN(LINE) <= elements; c += FN(LINE), at += FN(LINE)) {
+            BN_PREFETCH(x + at + ahead);
             for (bn_index k = 0; k < FN(LINE); k += FN(SIZE))
                 FN(send)(y + at + k,
                          FN(affine_each)(x + at + k, add ? residual + at + k : NULL,
                                          FN(factors)(head + c + k), FN(factors)(scale + c + k),
                                          FN(factors)(shift + c + k), add, relu));
+        }
     if (at < elements) {
         c = at % width;
         FN(affine_run_as)(x + at, add ? residual + at : NULL, y + at, elements - at, head + c,

@@ -112,6 +112,10 @@ static inline bn_index bn_part(bn_index elements)
 #define BN_AHEAD 2048
 #define BN_COLUMNS_AHEAD 8192
 
+/* How far ahead of the line in work an elementwise pass asks for memory, in bytes: a part of what the
+   first-level cache holds. */
+#define BN_LINES_AHEAD 16384
+
 static inline bn_index bn_ahead(const bn_call *call, bn_index ahead, bn_index length,
                                 bn_index stride)
 {

@@ -53,7 +53,9 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
 /* Runs of so many elements that are summed at once. */
 static inline bn_index bn_runs(bn_index length) { return length < 64 ? 8 : length < 256 ? 4 : 1; }
 
-#define BN_PREFETCH(address) __builtin_prefetch(address, 0, 2)
+/* Into the first-level cache: into the second, a part of what is asked for does not come (AMD Zen 5:
+   training takes 0.82 of the time, sums 0.84). */
+#define BN_PREFETCH(address) __builtin_prefetch(address, 0, 3)
 #define BN_NOINLINE __attribute__((noinline))
 #define BN_INLINE static inline __attribute__((always_inline))
 

@@ -145,6 +145,11 @@ static inline void bn_settle(const bn_call *call)
 #endif
 }
 
+static inline bn_index bn_lines_ahead(const bn_call *call)
+{
+    return call->large ? BN_LINES_AHEAD / call->kernels->itemsize : 0;
+}
+
 static inline bn_affines bn_affines_of(const bn_call *call, int fits)
 {
     const bn_affines affines = {.packed = call->packed,
@@ -154,6 +159,7 @@ static inline bn_affines bn_affines_of(const bn_call *call, int fits)
                                 .fits = fits,
                                 .relu = call->relu,
                                 .stream = call->stream,
+                                .ahead = bn_lines_ahead(call),
                                 .one_by_one = call->one_by_one,
                                 .mean = call->mean,
                                 .scale = call->scale,
@@ -169,6 +175,7 @@ static inline bn_gradients bn_gradients_of(const bn_call *call, int fits)
                                     .channels = call->channels,
                                     .fits = fits,
                                     .stream = call->stream,
+                                    .ahead = bn_lines_ahead(call),
                                     .mean = call->mean,
                                     .g_scale = call->scale,
                                     .x_scale = call->scale + call->channels,

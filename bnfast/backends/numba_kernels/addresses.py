@@ -341,7 +341,7 @@ def to_line(typingctx, y, index):
 
 @intrinsic
 def prefetch(typingctx, x, index):
-    """Ask for the cache lines of x[index : index + 16], which need not exist, into the L2 cache.
+    """Ask for the cache lines of x[index : index + 16], which need not exist, into the L1 cache.
 
     They are those of every sixteenth element and, of float64, every eighth from ``index`` on.
     """
@@ -351,8 +351,8 @@ def prefetch(typingctx, x, index):
         for offset in range(0, LANES, LINE // itemsize(kind)):
             at = _pointer(context, builder, kind, array, builder.add(index, I64(offset)))
             address = builder.bitcast(at, ir.IntType(8).as_pointer())
-            # To read, into the second level, data.
-            how = [I32(0), I32(2), I32(1)]
+            # To read, into the first level, data.
+            how = [I32(0), I32(3), I32(1)]
             call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, *how])
         return context.get_dummy_value()
 

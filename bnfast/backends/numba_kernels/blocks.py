@@ -59,7 +59,7 @@ takes part in at most 8 + 240 / 8 additions, each of which errs by up to half a 
 AHEAD_ROWS = 8
 
 AHEAD = 4096
-"""Rows, at least, and elements by which memory is asked for ahead, into the L2 cache. The hardware
+"""Rows, at least, and elements by which memory is asked for ahead. The hardware
 does not foresee the way through a strip: without this the sums over a 100 MB array took three times
 as long."""
 

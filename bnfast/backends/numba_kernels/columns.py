@@ -32,6 +32,7 @@ from bnfast.backends.numba_kernels.walks import (
     BEYOND,
     cycle_width,
     gradient_by_cycle,
+    lines_ahead,
     normalize_by_cycle,
     past_cache,
     repeat,
@@ -82,7 +83,7 @@ def forward(
         given_mean, given_var, n = mean, m2, float(outer)
     if not present(y):
         return
-    past = past_cache(y, x, residual, large)
+    past, ahead = past_cache(y, x, residual, large), lines_ahead(x, large)
     table = table_for(y, cycle_width(channels), past)
     wide = np.empty((5, cycle_width(channels) + BEYOND))
     safe = fill_forward(table, wide, given_mean, given_var, n, weight, bias, eps, 0, channels)
@@ -91,7 +92,7 @@ def forward(
         repeat(wide, channels)
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
-        normalize_by_cycle(x, residual, y, begin, end, table, wide, safe, relu, past)
+        normalize_by_cycle(x, residual, y, begin, end, table, wide, safe, relu, past, ahead)
 
 
 def backward(
@@ -143,7 +144,7 @@ def backward(
                 )  # fmt: skip
     if not present(dx):
         return
-    past = past_cache(dx, dy, x, large)
+    past, ahead = past_cache(dx, dy, x, large), lines_ahead(x, large)
     table = table_for(dx, cycle_width(channels), past)
     wide = np.empty((5, cycle_width(channels) + BEYOND))
     safe = fill_backward(table, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, n, 0, channels)
@@ -152,4 +153,4 @@ def backward(
         repeat(wide, channels)
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
-        gradient_by_cycle(dy, x, y, dx, dresidual, begin, end, table, wide, safe, past)
+        gradient_by_cycle(dy, x, y, dx, dresidual, begin, end, table, wide, safe, past, ahead)

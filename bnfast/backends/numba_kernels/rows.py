@@ -29,7 +29,6 @@ from bnfast.backends.numba_kernels.lanes import (
     LANES,
 )
 from bnfast.backends.numba_kernels.tiles import (
-    AHEAD,
     add_tiles,
     ahead_of,
     measure_share,
@@ -47,16 +46,13 @@ from bnfast.backends.numba_kernels.walks import (
     cycle_width,
     gradient_by_cycle,
     gradient_by_runs,
+    lines_ahead,
     normalize_by_cycle,
     normalize_by_runs,
     past_cache,
     stretch,
     table_for,
 )
-
-NOT_AHEAD = np.intp(0)
-"""Of the type of other distances: for a constant, Numba would compile the walks once more. Elements
-that are only normalised come in time by themselves, but for those of 16 bits (0.8 of the time)."""
 
 CYCLES = 4
 """Samples from which on short runs are worth a table of the numbers of a whole sample."""
@@ -137,7 +133,7 @@ def forward(
     shape = samples, channels, size, far, most
     bytes_ = elements * itemsize_of(x)
     large = bytes_ * (3 if present(residual) else 2) > last
-    past = past_cache(y, x, residual, large)
+    past, ahead = past_cache(y, x, residual, large), lines_ahead(x, large)
     n = 1.0
     if present(mean):
         moments = np.empty((channels, tiles_of(samples, size, most)[3], 4))
@@ -166,9 +162,10 @@ def forward(
             stretch(wide, size, wide_table)
         for thread in prange(threads):
             begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
-            normalize_by_cycle(x, residual, y, begin, end, table, wide_table, safe, relu, past)
+            normalize_by_cycle(
+                x, residual, y, begin, end, table, wide_table, safe, relu, past, ahead
+            )
         return
-    ahead = np.intp(AHEAD) if large and itemsize_of(x) == 2 else NOT_AHEAD
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
         normalize_by_runs(x, residual, y, begin, end, size, numbers, wide, safe, relu, past, ahead)
@@ -234,7 +231,7 @@ def backward(
     bytes_ = elements * itemsize_of(x)
     inputs = 3 if present(y) else 2
     large = bytes_ * (inputs + 1) > last
-    past = past_cache(dx, dy, x, large)
+    past, ahead = past_cache(dx, dy, x, large), lines_ahead(x, large)
     if measure:
         sums = np.empty((channels, tiles_of(samples, size, most)[3], 2))
         slab = slab_of(channels, bytes_ // channels * inputs, core, large, threads)
@@ -261,11 +258,13 @@ def backward(
             stretch(wide, size, wide_table)
         for thread in prange(threads):
             begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
-            gradient_by_cycle(dy, x, y, dx, dresidual, begin, end, table, wide_table, safe, past)
+            gradient_by_cycle(
+                dy, x, y, dx, dresidual, begin, end, table, wide_table, safe, past, ahead
+            )
         return
     for thread in prange(threads):
         begin, end = share(elements, thread, threads), share(elements, thread + 1, threads)
         gradient_by_runs(
-            dy, x, y, dx, dresidual, begin, end, size, numbers, wide, safe, past, NOT_AHEAD
+            dy, x, y, dx, dresidual, begin, end, size, numbers, wide, safe, past, ahead
         )
         fence()

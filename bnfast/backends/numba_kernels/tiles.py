@@ -64,7 +64,7 @@ RUNS = 4
 memory is read less in order."""
 
 AHEAD = 2048
-"""Elements by which memory is asked for ahead, into the L2 cache."""
+"""Elements by which memory is asked for ahead."""
 
 UNASKED = 4
 """Times the size of that cache up to which nothing is asked for: it would take longer than it

@@ -42,6 +42,9 @@ from bnfast.backends.numba_kernels.lanes import LANES, first_lanes, where_nonzer
 CYCLE = 256
 """Elements of a cycle, at least, so that it is not begun anew all the time."""
 
+LINES_AHEAD = 16384
+"""Bytes: a part of what the first-level cache holds."""
+
 BEYOND = 2 * LANES
 """Elements of a table behind a cycle, which a step that begins in it may reach."""
 
@@ -220,7 +223,7 @@ def walks(make, write, write_whole, ask):
             i = edge
 
     @step
-    def by_cycle(arrays, to, start, stop, table, past):
+    def by_cycle(arrays, to, start, stop, table, past, ahead):
         width = table.shape[1] - BEYOND
         at = start % width
         i = start
@@ -230,6 +233,8 @@ def walks(make, write, write_whole, ask):
             steps = min((width - at + line - 1) // line, (stop - i) // line)
             if left == 0 and steps > 0:
                 for _ in range(steps):
+                    if ahead != 0:
+                        ask(arrays, i + ahead)
                     made = make(arrays, i, LANES, numbers_from(table, at))
                     more = made
                     if line > LANES:
@@ -281,11 +286,11 @@ def normalize_by_runs(x, residual, y, begin, end, size, numbers, wide, safe, rel
 
 
 @step
-def normalize_by_cycle(x, residual, y, begin, end, table, wide, safe, relu, past):
+def normalize_by_cycle(x, residual, y, begin, end, table, wide, safe, relu, past, ahead):
     """Normalise a part of an array whose numbers repeat."""
     arrays = (x, residual, y, present(residual), relu)
     if safe:
-        normalize_cycle(arrays, y, begin, end, table, past)
+        normalize_cycle(arrays, y, begin, end, table, past, ahead)
     else:
         normalize_cycle_exactly(arrays, begin, end, table, wide)
 
@@ -301,11 +306,11 @@ def gradient_by_runs(dy, x, y, dx, dresidual, begin, end, size, numbers, wide, s
 
 
 @step
-def gradient_by_cycle(dy, x, y, dx, dresidual, begin, end, table, wide, safe, past):
+def gradient_by_cycle(dy, x, y, dx, dresidual, begin, end, table, wide, safe, past, ahead):
     """Make the gradients of a part of an array whose numbers repeat."""
     arrays = (dy, x, y, dx, dresidual, present(y), present(dresidual))
     if safe:
-        gradient_cycle(arrays, dx, begin, end, table, past)
+        gradient_cycle(arrays, dx, begin, end, table, past, ahead)
     else:
         gradient_cycle_exactly(arrays, begin, end, table, wide)
 
@@ -352,6 +357,12 @@ def stretch(numbers, size, table):
             for at in range(c * size, (c + 1) * size):
                 table[row, at] = numbers[row, c]
     repeat(table, channels * size)
+
+
+@inline
+def lines_ahead(x, large):
+    """Return by how many elements an elementwise pass over large arrays asks for memory ahead."""
+    return LINES_AHEAD // itemsize_of(x) if large else 0
 
 
 @inline
