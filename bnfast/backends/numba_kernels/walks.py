@@ -180,28 +180,32 @@ def walks(make, write, write_whole, ask):
         c = start // size % channels
         edge = (start // size + 1) * size
         i = start
-        count = min(to_line(to, start) % LANES, stop - start) if past else 0
+        line = line_of(to)
+        left = to_line(to, start) if past else 0
         while i < stop:
-            whole = (min(edge, stop) - i) // LANES * LANES if count == 0 else 0
+            whole = (min(edge, stop) - i) // line * line if left == 0 else 0
             if whole > 0:
                 own = numbers_of(numbers, c)
-                for at in range(i, i + whole, LANES):
+                for at in range(i, i + whole, line):
                     if ahead != 0:
                         ask(arrays, at + ahead)
-                    write(arrays, at, LANES, make(arrays, at, LANES, own), past)
+                    made = make(arrays, at, LANES, own)
+                    more = make(arrays, at + LANES, LANES, own) if line > LANES else made
+                    write_whole(arrays, at, made, more, past)
                 i += whole
             elif edge == i:
                 c = c + 1 if c + 1 < channels else 0
                 edge += size
             else:
-                count = min(count if count > 0 else LANES, stop - i)
+                left = left if left > 0 else line
+                count = min((left - 1) % LANES + 1, stop - i)
                 after = c + 1 if c + 1 < channels else 0
                 both = joined(edge - i, numbers_of(numbers, c), numbers_of(numbers, after))
                 if ahead != 0:
                     ask(arrays, i + ahead)
                 write(arrays, i, count, make(arrays, i, count, both), past)
                 i += count
-                count = 0
+                left -= count
                 if i > edge:
                     c = after
                     edge += size
