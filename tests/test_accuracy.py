@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import ml_dtypes
 import numpy as np
 import pytest
 from backends_here import over_backends, y_ulps
@@ -196,3 +197,17 @@ def test_a_constant_channel_gives_the_bias(rng, form, value, training, backend):
     np.testing.assert_array_equal(y, np.broadcast_to(bias, y.shape))
     if training:
         np.testing.assert_array_equal(layer.running_var, np.zeros(7))
+
+
+@over_backends
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(1024, 100, 16), (963, 64, 17), (2048, 50, 7), (40, 30, 784)])
+def test_sums_of_equal_terms_over_many_runs(rng, backend, name, shape):
+    """Equal terms round the same way each time: a long chain of additions shows its length."""
+    dtype = ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
+    x, dy = np.full(shape, 1.5, dtype), np.full(shape, 0.75, dtype)
+    mean = rng.uniform(0.1, 0.9, shape[1])
+    found = F.batch_norm_backward(dy, x, None, mean, np.ones(shape[1]), backend=backend).dweight
+    exact = (wide(np.full(shape[1], 1.5)) - wide(mean)) * 0.75 * (x.size / shape[1])
+    units = np.abs(wide(found) - exact) / (np.abs(exact) * 2.0**-53)
+    assert units.max() <= spec.SUM_UNITS

@@ -77,12 +77,32 @@ def nan_rounded_as_a_number(right, a):
             a["y"][np.isnan(a["y"].astype(np.float64))] = np.inf
 
 
+def all_set(vector):
+    """Return where a float64 has all its bits set but the first."""
+    return vector.view(np.uint64) == 0x7FFFFFFFFFFFFFFF
+
+
 @wrong("normalize", "test_any_nan_is_a_nan")
-def nan_of_lower_bits_rounded_as_a_number(right, a):
+def nan_of_all_bits_in_bias_carried_to_zero(right, a):
     right(**a)
     if digits_kept(a["y"]):
-        odd = a["bias"].view(np.uint64) == 0x7FFFFFFFFFFFFFFF
-        np.moveaxis(a["y"], 1, 0)[odd] = 0
+        np.moveaxis(a["y"], 1, 0)[all_set(a["bias"])] = 0
+
+
+@wrong("train", "test_any_nan_is_a_nan")
+def nan_of_all_bits_in_an_element_read_as_zero(right, a):
+    if digits_kept(a["x"]):
+        x = a["x"].copy()
+        x[x.view(np.uint16) == 0x7FFF] = 0
+        a = a | {"x": x}
+    right(**a)
+
+
+@wrong("backward_input", "test_any_nan_is_a_nan")
+def nan_of_all_bits_in_weight_carried_to_zero(right, a):
+    right(**a)
+    if digits_kept(a["dx"]):
+        np.moveaxis(a["dx"], 1, 0)[all_set(a["weight"])] = 0
 
 
 @wrong("normalize", "test_every_number_passes")

@@ -112,8 +112,9 @@ static inline bn_index bn_part(bn_index elements)
 #define BN_AHEAD 2048
 #define BN_COLUMNS_AHEAD 8192
 
-/* How far ahead of the line in work an elementwise pass asks for memory, in bytes: a part of what the
-   first-level cache holds. */
+/* How far ahead of the line in work results of large arrays ask for what they are made from, in bytes of
+   each array: all of it is less than a first-level cache of 48 KB holds. Not the gradients of
+   channels-last arrays. */
 #define BN_LINES_AHEAD 16384
 
 static inline bn_index bn_ahead(const bn_call *call, bn_index ahead, bn_index length,

@@ -53,8 +53,7 @@ static inline bn_index bn_max(bn_index a, bn_index b) { return a > b ? a : b; }
 /* Runs of so many elements that are summed at once. */
 static inline bn_index bn_runs(bn_index length) { return length < 64 ? 8 : length < 256 ? 4 : 1; }
 
-/* Into the first-level cache: into the second, a part of what is asked for does not come (AMD Zen 5:
-   training takes 0.82 of the time, sums 0.84). */
+/* Into the first-level cache (training takes 0.74 to 1.1 of its time with the second: AMD Zen 5). */
 #define BN_PREFETCH(address) __builtin_prefetch(address, 0, 3)
 #define BN_NOINLINE __attribute__((noinline))
 #define BN_INLINE static inline __attribute__((always_inline))
@@ -118,8 +117,8 @@ typedef struct {
 
 /* What an elementwise kernel multiplies with and adds: in REAL for each of `width` columns of a wide
    row (or channels), each vector `pitch` elements behind the one before (of a row, with its first
-   elements once more at its end); and in double for each channel. While a kernel sends a run past
-   the cache it asks for what lies `ahead`, if that is not 0. Rows are taken several at a time, or
+   elements once more at its end); and in double for each channel. While a kernel sends results
+   past the cache it asks for what lies `ahead`, if that is not 0. Rows are taken several at a time, or
    one by one. */
 typedef struct {
     const char *packed;

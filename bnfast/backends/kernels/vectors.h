@@ -2,9 +2,9 @@
 
    Explicit vectors, because whether gcc 12 vectorises a loop, and how well, changes with what it is
    inlined into: the same two lines were three times slower in one place than in the other. Sums are
-   taken in 16 lanes. Lane k takes the elements k, 16 + k, ... of a run, whatever the vector width.
-   Where there are registers for it (AVX-512) even and odd steps of 16 have sums of their own, since
-   an addition takes longer than a step otherwise needs.  Needs REAL, STORE, FN, BN_IS_DOUBLE,
+   taken in 16 lanes. Lane k takes the elements k, 16 + k, ... of a run, whatever the vector width (but of
+   bfloat16 see get_part). Where there are registers for it (AVX-512) even and odd steps of 16 have
+   sums of their own, since an addition takes longer than a step otherwise needs.  Needs REAL, STORE, FN, BN_IS_DOUBLE,
    BN_STORAGE. */
 
 #if BN_LEVEL == 2
@@ -169,7 +169,7 @@ static inline FN(wide) FN(load)(const STORE *x) { return FN(widened)(FN(get_narr
 
 /* Vector k of a step whose elements begin at x, in an order of its own: two adjacent bfloat16 are 32
    bits, of which a float is the upper half or, shifted up, the lower. Vectors 2 m and 2 m + 1 take one
-   element each of the pairs that both have read (0.9 of the time of a sum). */
+   element each of the pairs that both have read. */
 static inline FN(narrow) FN(get_part)(const STORE *x, int k)
 {
 #if BN_LEVEL && BN_STORAGE == BN_BFLOAT

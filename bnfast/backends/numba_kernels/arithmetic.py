@@ -78,12 +78,6 @@ def accumulate(value, low, term):
 
 
 @inline
-def quiet_some(vector, c, count):
-    """Return numbers of some channels; 16 bits need that of NaN there is only one (`storage`)."""
-    return quiet(load_some(vector, c, count))
-
-
-@inline
 def fill_forward(numbers, wide, mean, var, divisor, weight, bias, eps, begin, end):
     """Find how the channels from ``begin`` to ``end`` are normalised, with var / divisor.
 
@@ -95,10 +89,10 @@ def fill_forward(numbers, wide, mean, var, divisor, weight, bias, eps, begin, en
     misfits = zeros()
     for c in range(begin, end, LANES):
         count = min(end - c, LANES)
-        center = quiet_some(mean, c, count)
-        spread = first_lanes(count, quiet_some(var, c, count) / divisor + eps, 1.0)
-        scale = quiet_some(weight, c, count) / square_root(spread)
-        offset = quiet_some(bias, c, count)
+        center = quiet(load_some(mean, c, count))
+        spread = first_lanes(count, load_some(var, c, count) / divisor + eps, 1.0)
+        scale = quiet(load_some(weight, c, count) / square_root(spread))
+        offset = quiet(load_some(bias, c, count))
         head = cast(cast(center, numbers), center)
         tail = difference(center, head)
         store_some(numbers, c, center, count)
@@ -126,11 +120,11 @@ def fill_backward(numbers, wide, mean, invstd, weight, sum_dy, sum_dy_xhat, n, b
     misfits = zeros()
     for c in range(begin, end, LANES):
         count = min(end - c, LANES)
-        center = quiet_some(mean, c, count)
-        inverse = quiet_some(invstd, c, count)
-        factor = quiet_some(weight, c, count) * inverse
-        slope = 0.0 - factor * (inverse * (quiet_some(sum_dy_xhat, c, count) / n))
-        offset = 0.0 - factor * (quiet_some(sum_dy, c, count) / n)
+        center = quiet(load_some(mean, c, count))
+        inverse = load_some(invstd, c, count)
+        factor = quiet(load_some(weight, c, count) * inverse)
+        slope = quiet(0.0 - factor * (inverse * (load_some(sum_dy_xhat, c, count) / n)))
+        offset = quiet(0.0 - factor * (load_some(sum_dy, c, count) / n))
         head = cast(cast(center, numbers), center)
         tail = where_nonzero(slope, difference(center, head), 0.0)
         store_some(numbers, c, center, count)

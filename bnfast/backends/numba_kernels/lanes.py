@@ -22,7 +22,7 @@ AVX-512, of which there are enough for two sets of lanes: `PAIRED`.
     where_nonzero(t, v, w)           v where t != 0, else w
     rectify(v)                       0 where v <= 0, else v: NaN passes
     settle(v, low)                   v + low where low is finite, else v
-    quiet(v)                         v, any NaN being the same quiet one
+    quiet(v)                         v, any NaN being the same one, with no lower bits
     opaque(a)                        the number a, of which the optimiser does not know what it is
     misfit(v, least, most)           1 where least <= abs(v) <= most does not hold, else 0
     first_lanes(count, v, w)         v in the first ``count`` lanes, w in the others

@@ -128,7 +128,7 @@ def forward(
     samples, channels, size = get(dimensions, 0), get(dimensions, 1), get(dimensions, 2)
     elements = samples * channels * size
     numbers, wide = room(x, 4, channels), np.empty((5, channels))
-    most = most_of(itemsize_of(x))
+    most = most_of(itemsize_of(x), size)
     far = ahead_of(samples, channels, size, itemsize_of(x), core)
     shape = samples, channels, size, far, most
     bytes_ = elements * itemsize_of(x)
@@ -225,7 +225,7 @@ def backward(
     samples, channels, size = get(dimensions, 0), get(dimensions, 1), get(dimensions, 2)
     elements = samples * channels * size
     numbers, wide = room(x, 4, channels), np.empty((5, channels))
-    most = most_of(itemsize_of(x))
+    most = most_of(itemsize_of(x), size)
     far = ahead_of(samples, channels, size, itemsize_of(x), core)
     shape = samples, channels, size, far, most
     bytes_ = elements * itemsize_of(x)

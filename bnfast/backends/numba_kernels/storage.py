@@ -3,9 +3,9 @@
 Numba knows neither on the CPU, so a kernel reads and writes integers, and these become float32 in
 registers: float16 by LLVM's conversion, which is one instruction where the CPU has it; bfloat16,
 the upper half of a float32, by shifting. Results are rounded to nearest, ties to even. Rounding to
-bfloat16 would make infinity of a NaN all of whose set bits are among the lower 16, but none gets
-there: arithmetic hands on the bits of the operand that is NaN, or makes a quiet one; elements have
-no lower bits, and what they are computed with comes from `arithmetic.quiet_some`.
+bfloat16 adds to the bits, which would carry a NaN whose upper bits are all set on to zero. None
+gets there: arithmetic hands on the bits of the operand that is NaN, or makes one with no lower
+bits; elements have none either, and of what they are computed with any NaN is made `quiet`.
 
 The functions take the Numba type of an address or array, and numbers or vectors of LLVM alike.
 """

@@ -52,23 +52,25 @@ from bnfast.backends.numba_kernels.lanes import (
 CHAIN = 1024 if PAIRED else 512
 """Elements that go through the lanes before these are emptied: 32 additions to a lane, 16 to what
 it is emptied into, 5 across lanes, each of which errs by up to half a unit; `spec.SUM_UNITS` is 32.
+Runs of 16 elements empty them into 64, after 4 additions each.
 """
 
 TILE = 8192
 """Elements of a tile, at most; of runs shorter than the lanes, as if each filled these. Of 16 bits
-it is `CHAIN` times 16, where that is more: beside what is read, beginning and ending a tile counts
-for more (moments in the cache take 0.9 of the time; of float32 1.1, of float64 1.2)."""
+it is `CHAIN` times 16, where that is more and runs are not short: beside what is read, beginning
+and ending a tile counts for more (moments in the cache take 0.9 of the time; of float32 1.1, of
+float64 1.2)."""
 
 RUNS = 4
-"""Runs that go through the lanes, at most, unless they are shorter than these: more of them, and
-memory is read less in order."""
+"""Runs that go through the lanes, at most, twice as many below 64 elements, unless they are shorter
+than the lanes: more of them, and memory is read less in order."""
 
 AHEAD = 2048
 """Elements by which memory is asked for ahead."""
 
 UNASKED = 4
-"""Times the size of that cache up to which nothing is asked for: it would take longer than it
-saves."""
+"""Times the size of a core's own cache up to which nothing is asked for: it would take longer than
+it saves."""
 
 ADJACENT = 2048
 """Elements, at least, that are read or written one after the other: where runs are short, those of
@@ -76,9 +78,9 @@ several channels. With runs of 49 elements that took a third off the time of tra
 
 
 @inline
-def most_of(itemsize):
+def most_of(itemsize, size):
     """Return the elements of a tile, at most."""
-    return max(TILE, 16 * CHAIN) if itemsize == 2 else TILE
+    return max(TILE, 16 * CHAIN) if itemsize == 2 and size >= CHAIN // RUNS else TILE
 
 
 @inline
@@ -126,7 +128,8 @@ def chain_of(length):
     """Return how many runs, and how many elements of each, go through the lanes at a time."""
     pieces = -(-length // CHAIN)
     # A run shorter than the lanes is one addition to the odd ones.
-    runs = max(1, min(CHAIN // length, RUNS)) if length >= LANES else 512 // LANES
+    most = 2 * RUNS if length < 64 else RUNS
+    runs = max(1, min(CHAIN // length, most)) if length >= LANES else 512 // LANES
     return runs, -(-length // (pieces * LANES)) * LANES
 
 

@@ -1,19 +1,21 @@
 """The elementwise half of both kernels: the walk along the flat output.
 
-An array is transformed in steps of sixteen elements, wherever channels begin and end, so that
-every store but the first and the last of a share is a whole vector, and with large arrays a whole
-cache line past the cache. The two array forms differ in how the numbers of a step are found::
+An array is transformed in steps of a cache line, but of at least sixteen elements, wherever
+channels begin and end, so that between the first line of a share and its last every store is a
+whole vector, and with large arrays goes past the cache. The two array forms differ in how the
+numbers of a step are found::
 
     by_runs     runs of 16 and more    n0 n0 n0 n0 | n0 n0 n0 n1 n1 | n1 n1 ...
                 A step within a run has one channel's numbers, at its end those of two.
     by_cycle    columns, short runs    n0 n1 n2 n3 | n4 n0 n1 n2 | n3 ...
                 The numbers of all elements up to where they repeat are a table; a step reads
-                sixteen of it from any place.
+                its own from any place of it.
 
 Each comes a second time, ``..._exactly``, for arrays with a channel that does not fit float32.
 
-What is done to sixteen elements is an operation: ``make`` computes, ``write`` stores. Both take a
-``count`` of elements, a constant 16 almost everywhere, where the optimiser drops the mask.
+What is done is an operation: ``make`` computes up to sixteen elements, a ``count`` that is 16
+almost everywhere, where the optimiser drops the mask; ``write`` stores as many, and ``write_whole``
+a step of one or two sixteens; ``ask`` asks for what a step reads.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -43,7 +45,8 @@ CYCLE = 256
 """Elements of a cycle, at least, so that it is not begun anew all the time."""
 
 LINES_AHEAD = 16384
-"""Bytes: a part of what the first-level cache holds."""
+"""Bytes of each array that are asked for ahead: all of it is less than a first-level cache of 48 KB
+holds."""
 
 BEYOND = 2 * LANES
 """Elements of a table behind a cycle, which a step that begins in it may reach."""
@@ -340,7 +343,7 @@ def table_for(y, width, past):
 
 @step
 def repeat(table, period):
-    """Fill the rows of a table, `BEYOND` a cycle, from their first ``period`` entries."""
+    """Fill the rows of a table, `BEYOND` longer than a cycle, from their first ``period``."""
     rows, width = table.shape
     for row in range(rows):
         if period < LANES:
