@@ -77,16 +77,16 @@ def nan_rounded_as_a_number(right, a):
             a["y"][np.isnan(a["y"].astype(np.float64))] = np.inf
 
 
-def all_set(vector):
-    """Return where a float64 has all its bits set but the first."""
-    return vector.view(np.uint64) == 0x7FFFFFFFFFFFFFFF
+def carry_to_zero(result, vector):
+    """Make 0 of the channels where a vector is the NaN all of whose bits are set but the first."""
+    if digits_kept(result):
+        np.moveaxis(result, 1, 0)[vector.view(np.uint64) == 0x7FFFFFFFFFFFFFFF] = 0
 
 
 @wrong("normalize", "test_any_nan_is_a_nan")
 def nan_of_all_bits_in_bias_carried_to_zero(right, a):
     right(**a)
-    if digits_kept(a["y"]):
-        np.moveaxis(a["y"], 1, 0)[all_set(a["bias"])] = 0
+    carry_to_zero(a["y"], a["bias"])
 
 
 @wrong("train", "test_any_nan_is_a_nan")
@@ -101,8 +101,7 @@ def nan_of_all_bits_in_an_element_read_as_zero(right, a):
 @wrong("backward_input", "test_any_nan_is_a_nan")
 def nan_of_all_bits_in_weight_carried_to_zero(right, a):
     right(**a)
-    if digits_kept(a["dx"]):
-        np.moveaxis(a["dx"], 1, 0)[all_set(a["weight"])] = 0
+    carry_to_zero(a["dx"], a["weight"])
 
 
 @wrong("normalize", "test_every_number_passes")

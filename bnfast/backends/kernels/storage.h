@@ -4,10 +4,11 @@
    F16C does that for float16. Elsewhere it is done in integers: bfloat16 is the upper half of a
    float; float16 has its own exponent, and subnormals, which a multiplication and an addition of
    powers of two bring into place. With AVX-512 bfloat16 goes up and down by one permutation of
-   16-bit words, which is a conversion and a shift in one. Rounding to it adds to the bits,
-   which would carry a NaN whose upper bits are all set on to zero. None gets there: arithmetic hands
-   on the bits of the operand that is NaN, or makes one with no lower bits; elements have none
-   either, and what they are computed with is `clean`.  Needs REAL, STORE, FN, BN_STORAGE, the vector types of vectors.h. */
+   16-bit words, which is a conversion and a shift in one. Rounding to it adds to the bits, which
+   would carry a NaN whose upper bits are all set on to zero. None gets there: arithmetic hands on
+   the bits of the operand that is NaN, or makes one with no lower bits; elements have none either,
+   and what they are computed with is `clean`.  Needs REAL, STORE, FN, BN_STORAGE, the vector types
+   of vectors.h. */
 
 /* The number; of bfloat16 any NaN becomes the one with no lower bits. */
 static inline REAL FN(clean)(REAL value)

@@ -2,10 +2,10 @@
 
    Explicit vectors, because whether gcc 12 vectorises a loop, and how well, changes with what it is
    inlined into: the same two lines were three times slower in one place than in the other. Sums are
-   taken in 16 lanes. Lane k takes the elements k, 16 + k, ... of a run, whatever the vector width (but of
-   bfloat16 see get_part). Where there are registers for it (AVX-512) even and odd steps of 16 have
-   sums of their own, since an addition takes longer than a step otherwise needs.  Needs REAL, STORE, FN, BN_IS_DOUBLE,
-   BN_STORAGE. */
+   taken in 16 lanes. Lane k takes the elements k, 16 + k, ... of a run, whatever the vector width
+   (but of bfloat16 see get_part). Where there are registers for it (AVX-512) even and odd steps of
+   16 have sums of their own, since an addition takes longer than a step otherwise needs.  Needs
+   REAL, STORE, FN, BN_IS_DOUBLE, BN_STORAGE. */
 
 #if BN_LEVEL == 2
 #define BN_VECTOR 64

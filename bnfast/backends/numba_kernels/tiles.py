@@ -52,7 +52,7 @@ from bnfast.backends.numba_kernels.lanes import (
 CHAIN = 1024 if PAIRED else 512
 """Elements that go through the lanes before these are emptied: 32 additions to a lane, 16 to what
 it is emptied into, 5 across lanes, each of which errs by up to half a unit; `spec.SUM_UNITS` is 32.
-Runs of 16 elements empty them into 64, after 4 additions each.
+Runs of 16 elements empty them 64 times, after 8 additions each.
 """
 
 TILE = 8192

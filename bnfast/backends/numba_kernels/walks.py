@@ -70,12 +70,13 @@ def write_some(y, i, value, count, past):
 @inline
 def write_step(y, i, value, other, past):
     """Store a step of `line_of` elements; ``other`` is its second half, where it has one."""
-    if line_of(y) > LANES and past:
+    if line_of(y) == LANES:
+        write_some(y, i, value, LANES, past)
+    elif past:
         stream_two(y, i, value, other)
     else:
-        write_some(y, i, value, LANES, past)
-        if line_of(y) > LANES:
-            write_some(y, i + LANES, other, LANES, past)
+        store_some(y, i, value, LANES)
+        store_some(y, i + LANES, other, LANES)
 
 
 @inline
